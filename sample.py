@@ -1,0 +1,176 @@
+"""Prompt -> text, for any checkpoint; several models side by side.
+
+    python sample.py --model scratch --prompt "The import statement"
+    python sample.py --model scratch mine --prompt "Once" --temperature 0.8 --top_p 0.9
+    echo "Once upon" | python sample.py --model mine        a prompt from another program
+    python sample.py --model mine                           a conversation of prompts and continuations
+
+Generated text goes to stdout, remarks to stderr. A base model continues a text; it has not been taught to answer.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("--model", nargs="+", default=["scratch"], help="checkpoint folders, or names under checkpoints/ (default: scratch)")
+    add("--prompt", help="the text to continue; without it: --prompt_file, or stdin, or a dialogue in a terminal")
+    add("--prompt_file", help="a UTF-8 file with the text to continue")
+    add("--max_new_tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
+    add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default: 0.8)")
+    add("--top_k", type=int, help="choose among the k most probable tokens only")
+    add("--top_p", type=float, help="choose among the fewest tokens that have this probability together")
+    add("--greedy", action="store_true", help="always take the most probable token: --temperature 0")
+    add("--num_samples", type=int, default=1, help="continuations per model, made as one batch (default: 1)")
+    add("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
+    add("--stop", nargs="+", default=[], help="end before any of these strings")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 where native")
+    add("--json", action="store_true", help="one JSON object a line: model, prompt, sample, seed, text")
+    return parser
+
+
+def until(stops, pieces):
+    """Yield pieces of text up to the first stop string; what may be the beginning of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        unsure = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - unsure]
+        held = held[len(held) - unsure :]
+    yield held
+
+
+class Speaker:
+    """A checkpoint, ready to continue prompts."""
+
+    def __init__(self, name, args):
+        import gpt
+
+        self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
+        self.device = gpt.resolve_device(args.device)
+        self.model, self.tokenizer = gpt.load_checkpoint(gpt.find_checkpoint(name))
+        self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
+        self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
+
+    def tokens(self, prompt):
+        """The tokens that follow the prompt, step by step, each (num_samples, 1); they end with the end of text."""
+        ids, context = self.tokenizer.encode(prompt) or [self.tokenizer.eot], self.model.config.block_size
+        if len(ids) > context:
+            self.say(f"{self.name}: the prompt has {len(ids):,} tokens, the context {context:,}: the last ones count")
+        idx = self.torch.tensor([ids[-context:]] * self.args.num_samples, device=self.device)  # (B, T)
+        options = {"temperature": 0 if self.args.greedy else self.args.temperature, "top_k": self.args.top_k}
+        options |= {"top_p": self.args.top_p, "eot": self.tokenizer.eot, "generator": self.generator}
+        return self.model.stream(idx, self.args.max_new_tokens, **options)
+
+    def text(self, ids):
+        """Pieces of text from an iterable of token numbers, up to the end of text or a stop string."""
+        ids = itertools.takewhile(lambda i: i != self.tokenizer.eot, ids)
+        return until(self.args.stop, self.tokenizer.stream(ids))
+
+    def speak(self, prompt):
+        """Pieces of one continuation, each as soon as it is known."""
+        return self.text(token[0].item() for token in self.tokens(prompt))
+
+    def samples(self, prompt):
+        """num_samples complete continuations."""
+        steps = list(self.tokens(prompt))
+        rows = self.torch.cat(steps, dim=1).tolist() if steps else [[]] * self.args.num_samples
+        return ["".join(self.text(row)) for row in rows]
+
+
+def columns(names, texts, width):
+    """Texts side by side under their names, or one below the other where the columns would be narrow."""
+    each = (width - 3 * (len(names) - 1)) // len(names)
+    if each < 24:
+        return "\n\n".join(f"=== {name} ===\n{text}" for name, text in zip(names, texts, strict=True))
+    wrapped = [[line for part in text.splitlines() for line in textwrap.wrap(part, each, drop_whitespace=False) or [""]]
+               for text in texts]  # fmt: skip
+    rows = itertools.zip_longest(*([name[:each], "-" * each, *lines] for name, lines in zip(names, wrapped)), fillvalue="")
+    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+
+
+def show(speakers, prompt, args):
+    """Continue the prompt with every model, and print what came out."""
+    if len(speakers) == args.num_samples == 1 and not args.json:
+        pieces = speakers[0].speak(prompt)
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    results = {speaker.name: speaker.samples(prompt) for speaker in speakers}
+    for i in range(args.num_samples):
+        texts = [samples[i] for samples in results.values()]
+        if args.json:
+            for name, text in zip(results, texts, strict=True):
+                line = {"model": name, "prompt": prompt, "sample": i, "seed": args.seed, "text": text}
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+            continue
+        if args.num_samples > 1:
+            print(f"--- sample {i + 1} of {args.num_samples}")
+        texts = [prompt + text for text in texts]
+        print(texts[0] if len(texts) == 1 else columns(list(results), texts, shutil.get_terminal_size((120, 24)).columns))
+
+
+def converse(speakers, args):
+    """Ask for prompts in the terminal until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+
+    print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        show(speakers, prompt, args)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):  # before PyTorch is imported: help comes at once
+        add_arguments(argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])).print_help()
+        return
+    import gpt
+
+    gpt.command(run)(argv)
+
+
+def run(argv):
+    from gpt import InputError, Parser, check_sampling, require
+
+    args = add_arguments(Parser(prog="sample.py")).parse_args(argv)
+    check_sampling(args.temperature, args.top_k, args.top_p)
+    require(args.max_new_tokens >= 1, f"--max_new_tokens is {args.max_new_tokens}, expected at least 1")
+    require(args.num_samples >= 1, f"--num_samples is {args.num_samples}, expected at least 1")
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
+    require(all(args.stop), "--stop is empty: give the text to stop at")
+    require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
+    require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file exclude each other")
+    speakers = [Speaker(name, args) for name in args.model]
+    prompt = args.prompt
+    if args.prompt_file:
+        try:
+            prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{args.prompt_file} is not UTF-8 text: {error}") from error
+    if prompt is None and sys.stdin.isatty():
+        return converse(speakers, args)
+    show(speakers, sys.stdin.read().rstrip("\n") if prompt is None else prompt, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED_VOCABULARY = ROOT.parent / "shared" / "tiktoken_cache"
+if SHARED_VOCABULARY.is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_VOCABULARY))
+
+import gpt
+
+PROSE = (
+    "The quick brown fox jumps over the lazy dog. It's a test, isn't it? We'll see what 123 tokens can do;\n"
+    "the words repeat, and the words come back again, until the model has learned them all by heart.\n"
+) * 40
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own: .cache and checkpoints do not mix."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def prose(own_folder):
+    path = own_folder / "prose.txt"
+    path.write_text(PROSE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small():
+    """A model small enough to run anywhere, its weights large enough that every part of it matters."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=8, dropout=0.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.4)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary():
+    try:
+        return gpt.Tokenizer.gpt2()
+    except gpt.InputError as error:
+        pytest.skip(str(error))
+
+
+TINY = ["--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "16",
+        "--batch_size", "4", "--max_steps", "12", "--eval_interval", "4", "--warmup_steps", "2", "--device", "cpu"]  # fmt: skip
+
+
+def script(name, *args, **options):
+    """Run a script as a user would, in a process of its own."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+def parameters_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
