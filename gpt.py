@@ -1,10 +1,5 @@
 """A GPT in one file, to be read from top to bottom: text becomes tokens, tokens become windows, windows go through
-embeddings, attention and MLPs to a loss, and the loss trains the model.
-
-    python gpt.py                                   train the preset `tiny` on Python's own language reference
-    python gpt.py --data my.txt --out checkpoints/mine
-    python gpt.py --resume --out checkpoints/mine
-    python sample.py --model mine --prompt "Once"   talk to what came out
+embeddings, attention and MLPs to a loss, and the loss trains the model. `python gpt.py` does all of it.
 
 Shapes stand beside the operations: B batch, T time (tokens in a window), C channels, H heads, D = C / H channels per
 head, V vocabulary. The architecture is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask
@@ -78,12 +73,12 @@ def check_fields(config):
 class GPTConfig:
     """The shape of the model; the defaults are the preset `tiny`. Raises InputError for one that cannot be."""
 
-    block_size: int = flag(128, "context: how many tokens the model sees at once", 1, 2**20)
+    block_size: int = flag(64, "context: how many tokens the model sees at once", 1, 2**20)
     vocab_size: int = flag(1024, "bytes, merges and end of text together, for a tokenizer that is learned", 1, 2**24)
-    n_layer: int = flag(6, "blocks: how often attention and MLP alternate", 1, 1000)
-    n_head: int = flag(6, "attention heads per block: how many things a token can look for at once", 1, 2**16)
+    n_layer: int = flag(4, "blocks: how often attention and MLP alternate", 1, 1000)
+    n_head: int = flag(4, "attention heads per block: how many things a token can look for at once", 1, 2**16)
     n_embd: int = flag(192, "channels: the width of the residual stream", 1, 2**16)
-    dropout: float = flag(0.1, "share of activations zeroed in training, against overfitting", 0, 0.99)
+    dropout: float = flag(0.15, "share of activations zeroed in training, against overfitting", 0, 0.99)
 
     def __post_init__(self):
         check_fields(self)
@@ -103,19 +98,19 @@ class TrainConfig:
     data: list = flag(["pydoc"], "text files, folders of *.txt, or the names pydoc and shakespeare")
     tokenizer: str = flag("bpe", "bpe (learned from the text), bytes or gpt2", choices=("bpe", "bytes", "gpt2"))
     out: str = flag("checkpoints/scratch", "folder for the checkpoint")
-    max_steps: int = flag(1500, "optimizer steps", 1)
-    batch_size: int = flag(16, "windows per forward pass, over all processes", 1)
+    max_steps: int = flag(680, "optimizer steps", 1)
+    batch_size: int = flag(32, "windows per forward pass, over all processes", 1)
     grad_accum: int = flag(1, "forward passes per step: a larger batch in the same memory", 1)
     stride: int = flag(0, "tokens from one window's start to the next; 0 means a quarter of the context")
     val_bytes: int = flag(2**20, "the last tenth of the text is for validation, at most this many bytes", 1)
     optimizer: str = flag("muon", "muon (AdamW beside it) or adamw", choices=("muon", "adamw"))
-    lr: float = flag(3e-3, "peak learning rate", 0, 10)
+    lr: float = flag(4e-3, "peak learning rate", 0, 10)
     min_lr: float = flag(0.0, "learning rate at the end, as a share of the peak", 0, 1)
-    warmup_steps: int = flag(50, "steps of linear warm-up, while the optimizer's averages settle")
+    warmup_steps: int = flag(40, "steps of linear warm-up, while the optimizer's averages settle")
     weight_decay: float = flag(0.1, "pull of the matrices towards zero", 0, 10)
     beta2: float = flag(0.99, "memory of AdamW's squared gradients", 0, 0.999999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 means no limit")
-    eval_interval: int = flag(250, "steps from one validation, which saves a checkpoint, to the next", 1)
+    eval_interval: int = flag(100, "steps from one validation, which saves a checkpoint, to the next", 1)
     seed: int = flag(1337, "the same seed on the same machine gives the same weights", 0, 2**32)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: str = flag("auto", "of matrix products; auto is bfloat16 where native", choices=("auto", "float32", "bfloat16"))
@@ -275,15 +270,23 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+def write(path, content):
+    with replacing(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @contextmanager
 def replacing(path):
     """A path to write to that becomes `path` once complete: readers see the old file or the new one, never half of it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()  # where nothing can be written, this says so
         yield part
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch.save and save_file make of a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -300,8 +303,7 @@ def fetch_shakespeare(path):
         content = type(error).__name__.encode()
     right = hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256
     require(right, f"{SHAKESPEARE} gave {content[:60]!r}, not the text: try again, or save that file yourself as {path}")
-    with replacing(path) as part:
-        part.write_bytes(content)
+    write(path, content)
 
 
 def write_pydoc(folder):
@@ -311,8 +313,8 @@ def write_pydoc(folder):
     seen = set()
     for name, text in sorted(topics.items()):
         fresh = [p for p in text.split("\n\n") if (key := " ".join(p.split())) and not (key in seen or seen.add(key))]
-        if fresh:
-            (folder / f"{name}.txt").write_bytes(("\n\n".join(fresh).strip("\n") + "\n").encode())
+        if fresh and not (folder / f"{name}.txt").exists():
+            write(folder / f"{name}.txt", "\n\n".join(fresh).strip("\n") + "\n")
 
 
 def find_texts(names):
@@ -341,9 +343,10 @@ def split_texts(files, val_bytes):
     cut, train, val = sum(sizes) - min(sum(sizes) // 10, val_bytes), [], []
     for path, size in zip(files, sizes, strict=True):
         if 0 < cut < size:
-            with open(path, "rb") as file:  # move on to the first byte of a character: the others are 0b10xxxxxx
+            with open(path, "rb") as file:
                 file.seek(cut)
-                cut += next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+                while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character: on to the next one
+                    cut += 1
         here = min(max(cut, 0), size)
         train += [(path, 0, here)] if here > 0 else []
         val += [(path, here, size)] if here < size else []
@@ -395,8 +398,7 @@ def prepare(data, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
         if not path.exists():
             every = 1 + sum(stop - start for _, start, stop in splits[0]) // BPE_SAMPLE
             pieces = itertools.chain.from_iterable(read_text(*segment) for segment in splits[0])
-            with replacing(path) as part:
-                part.write_text(Tokenizer.bpe(itertools.islice(pieces, 0, None, every), vocab_size).dumps())
+            write(path, Tokenizer.bpe(itertools.islice(pieces, 0, None, every), vocab_size).dumps())
         tokenizer = Tokenizer.loads(path.read_text(), "bpe")
     elif isinstance(tokenizer, str):
         tokenizer = getattr(Tokenizer, tokenizer)()
@@ -439,8 +441,8 @@ class TokenDataset:
     def batch(self, windows):
         """Numbers of windows -> inputs (B, T), targets (B, T), int64."""
         tokens = self.tokens
-        if isinstance(tokens, np.memmap):  # mapped anew, or the pages it touched would pile up in memory
-            tokens = np.memmap(tokens.filename, tokens.dtype, "r")
+        if isinstance(tokens, np.memmap) and tokens.nbytes == os.path.getsize(tokens.filename):  # all of a file: mapped
+            tokens = np.memmap(tokens.filename, tokens.dtype, "r")  # anew, or the pages that it touched would pile up
         places = np.asarray(windows)[:, None] * self.stride + np.arange(self.block_size + 1)  # (B, T + 1)
         beyond = places >= len(tokens)
         rows = tokens[np.where(beyond, 0, places)].astype(np.int64)
@@ -676,7 +678,6 @@ class GPT(nn.Module):
 # A checkpoint is a folder of files, and reading them never runs code from them.
 
 FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_state.pt")
-LOG = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm")
 
 
 def refuse_existing(folder, overwrite=False):
@@ -695,11 +696,9 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **f
     tensors = dict(model.named_parameters()) | (weights or {})  # the tied head is among them once, as the embedding
     with replacing(folder / "model.safetensors") as part:
         save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()}, part, {"format": "pt"})
-    with replacing(folder / "tokenizer.tiktoken") as part:
-        part.write_text(tokenizer.dumps())
-    with replacing(folder / "config.json") as part:
-        described = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.kind} | facts
-        part.write_text(json.dumps(described, indent=2) + "\n")
+    write(folder / "tokenizer.tiktoken", tokenizer.dumps())
+    described = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.kind} | facts
+    write(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def find_checkpoint(name):
@@ -707,8 +706,9 @@ def find_checkpoint(name):
     for folder in (Path(name), Path("checkpoints") / name):
         if (folder / "config.json").is_file():
             return folder
-    make = f"python convert_gpt2.py {name}" if name.startswith("gpt2") else f"python gpt.py --out checkpoints/{name}"
-    raise InputError(f"there is no checkpoint {name}, nor checkpoints/{name}: make it with `{make}`")
+    made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
+    make = next((made_by[key] for key in made_by if key in name), f"gpt.py --out {folder if Path(name).name == name else name}")
+    raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -760,8 +760,8 @@ def save_run(run, model, tokenizer, config):
         torch.save(run, part)
     facts = {"step": run["best"]["step"], "validation": run["best"], "training": dataclasses.asdict(config)}
     save_checkpoint(folder, model, tokenizer, run["best_weights"], overwrite=True, **facts)
-    with replacing(folder / "log.csv") as part:
-        part.write_text("".join(",".join(map(str, line)) + "\n" for line in [LOG, *(row.values() for row in run["rows"])]))
+    lines = [run["rows"][0].keys(), *(row.values() for row in run["rows"])]
+    write(folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
     plot(run["rows"], folder / "loss.png")
 
 
@@ -770,19 +770,50 @@ def load_run(folder):
     path = Path(folder) / "training_state.pt"
     require(path.is_file(), f"there is nothing to resume in {folder}: it has no training_state.pt")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        require({"config", "tokenizer", "rows", "weights", "optimizers"} <= run.keys(), "it holds something else")
     except Exception as error:
         raise InputError(f"{path} is not a readable training state: {error}") from error
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: guess the next token, measure the surprise, follow the gradient downhill.
 
 
-def make_optimizers(model, config):
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) for the blocks' matrices and AdamW for all else.
+class Muon(torch.optim.Muon):
+    """Muon (Jordan 2024): momentum whose matrix is replaced by the nearest orthogonal one, so all directions move alike.
 
-    Matrices decay, vectors (biases, norms) do not. Muon's steps are scaled to AdamW's size, so that one lr serves both.
+    The update of torch.optim.Muon; matrices of one shape are stacked and orthogonalized together, in half the time.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        (group,), shapes = self.param_groups, defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes[tuple(sorted(p.shape))].append(p)
+        for (short, long), params in shapes.items():
+            stack = torch.empty(len(params), short, long, dtype=torch.bfloat16, device=params[0].device)
+            for p, wide in zip(params, stack, strict=True):
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                wide.copy_(update if update.shape == wide.shape else update.T)
+            stack /= stack.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+            a, b, c = group["ns_coefficients"]
+            for _ in range(group["ns_steps"]):  # Newton-Schulz: drives all singular values towards 1
+                gram = stack @ stack.mT
+                stack = torch.baddbmm(stack, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), stack, beta=a)
+            for p, wide in zip(params, stack, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])  # a step's size is that of AdamW's: one lr serves both
+                p.add_(wide if p.shape == wide.shape else wide.T, alpha=-group["lr"] * 0.2 * long**0.5)
+
+
+def make_optimizers(model, config):
+    """AdamW (Loshchilov & Hutter 2019), or Muon for the blocks' matrices and AdamW for all else.
+
+    Matrices decay, vectors (biases, norms) do not.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = set(model.transformer.h.parameters()) if config.optimizer == "muon" else set()
@@ -792,16 +823,16 @@ def make_optimizers(model, config):
     groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, config.lr, betas=(0.9, config.beta2), fused=True)] if groups else []
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(hidden, config.lr, config.weight_decay))
     return optimizers
 
 
 def learning_rate(step, config):
-    """Linear warm-up that does not begin at 0, then half a cosine down to min_lr (Loshchilov & Hutter 2017)."""
+    """Linear warm-up that does not begin at 0, then a straight line down to min_lr times the peak."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.lr * (1 - (1 - config.min_lr) * progress)
 
 
 def resolve_device(name):
@@ -853,7 +884,7 @@ def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32):
             n_bytes = tokenizer.n_bytes[counted].sum()
             sums += torch.tensor([loss * len(counted), len(counted), n_bytes], dtype=torch.float64)
     if processes > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(sums := sums.to(device))
     model.train(was_training)
     nats, tokens, n_bytes = sums.tolist()
     loss, bits = nats / max(tokens, 1), nats / math.log(2) / max(n_bytes, 1)
@@ -925,7 +956,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         model.load_state_dict(run["weights"], strict=False)
         for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        save_run(run, model, tokenizer, config)  # mends what a crash may have left undone
+        if rank == 0:
+            save_run(run, model, tokenizer, config)  # mends what a crash may have left undone
     else:
         refuse_existing(config.out, overwrite)
         run = {"step": 0, "seconds": 0.0, "losses": [], "rows": [], "best": {"loss": math.inf}, "best_weights": {}, **facts}
@@ -933,7 +965,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
     if processes > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
     per_step = config.batch_size * config.grad_accum * train_data.block_size
-    norm, first, began = 0.0, run["step"], time.perf_counter() - run["seconds"]
+    norm, first, started = 0.0, run["step"], time.perf_counter()
+    began = started - run["seconds"]
 
     def check(value, what):
         if not math.isfinite(value):
@@ -953,19 +986,21 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
     def validate():
         figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
         loss, losses = check(figures["loss"], "validation loss"), run["losses"] or [figures["loss"]]
-        values = (step, step * per_step, round(time.perf_counter() - began, 2), lr, sum(losses) / len(losses), loss,
-                  figures["bits_per_byte"], norm)  # fmt: skip
-        run["rows"], run["losses"] = run["rows"] + [dict(zip(LOG, values, strict=True))], []
+        row = {"step": step, "tokens": step * per_step, "seconds": round(time.perf_counter() - began, 2), "lr": lr,
+               "train_loss": sum(losses) / len(losses), "val_loss": loss, "val_bits_per_byte": figures["bits_per_byte"],
+               "grad_norm": norm}  # fmt: skip
+        run["rows"], run["losses"] = [*run["rows"], row], []
         if loss < run["best"]["loss"]:
             run["best"] = {"step": step, **figures}
             run["best_weights"] = {name: p.detach().cpu().clone() for name, p in trained.items()}
         save()
         prompt, generator = val_data.batch([0])[0][:, :16], torch.Generator(device).manual_seed(config.seed)
         ids = model.generate(prompt.to(device), 48, temperature=0.8, top_p=0.9, generator=generator)[0].tolist()
-        say(f"step {step:,}: training loss {values[4]:.4f}, validation loss {loss:.4f} (perplexity "
-            f"{figures['perplexity']:.2f}), {values[6]:.4f} bits per byte\n  {tokenizer.decode(ids[:16])!r} goes on: "
-            f"{tokenizer.decode(ids[16:])!r}")  # fmt: skip
+        given, made = tokenizer.decode(ids[: prompt.shape[1]]), tokenizer.decode(ids[prompt.shape[1] :])
+        say(f"step {step:,}: training loss {row['train_loss']:.4f}, validation loss {loss:.4f} (perplexity "
+            f"{figures['perplexity']:.2f}), {figures['bits_per_byte']:.4f} bits per byte\n  {given!r} -> {made!r}")  # fmt: skip
 
+    say(f"{config.max_steps:,} steps of {per_step:,} tokens on {device}, matrix products in {str(dtype).split('.')[1]}")
     keep_freed_memory()
     model.train()
     bar = tqdm(desc="training", total=config.max_steps, initial=first, unit=" steps", disable=None if rank == 0 else True)
@@ -977,14 +1012,14 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
                 validate()
             if step >= config.max_steps:
                 return run["rows"]
-            stop = torch.tensor(max(signals, default=0))
+            stop = torch.tensor(max(signals, default=0), device=device)
             if processes > 1:  # all of them stop at the same step
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             if stop:
                 save()
                 say(f"stopped and saved at step {step:,}; go on with: python gpt.py --resume --out {config.out}")
                 raise SystemExit(128 + int(stop))
-            torch.manual_seed(config.seed + 2**32 * (step * processes + rank))  # for dropout: a function of the step
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
             loss = check(gradients(runner, train_data, step, config, dtype), "loss")
             norm = check(nn.utils.clip_grad_norm_(trained.values(), config.grad_clip or math.inf).item(), "gradient's norm")
             for optimizer in optimizers:
@@ -993,7 +1028,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
                 optimizer.step()
                 optimizer.zero_grad()
             run["step"], run["losses"] = step + 1, run["losses"] + [loss]
-            speed = (run["step"] - first) * per_step / (time.perf_counter() - began - run["seconds"])
+            speed = (run["step"] - first) * per_step / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
@@ -1058,8 +1093,7 @@ def add_flags(parser, *configs):
         parser.add_argument(f"--{field.name}", **options)
 
 
-FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "data", "tokenizer", "stride", "val_bytes",
-         "batch_size", "grad_accum", "optimizer", "seed")  # what --resume cannot change  # fmt: skip
+CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "device", "dtype", "compile"}
 
 
 @command
@@ -1076,7 +1110,7 @@ def main(argv=None):
     if resume:
         require(preset is None and not overwrite, "--resume goes with neither --preset nor --overwrite")
         run = load_run(given.get("out", TrainConfig().out))
-        changed = [name for name in FIXED if name in given and given[name] != run["config"][name]]
+        changed = sorted(key for key in given.keys() - CHANGEABLE if given[key] != run["config"][key])
         require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
         values = run["config"] | given
     shape, config = from_flags(GPTConfig, values), from_flags(TrainConfig, values)
@@ -1088,7 +1122,7 @@ def main(argv=None):
         refuse_existing(config.out, overwrite)
     vocabulary = Tokenizer.loads(*run["tokenizer"]) if resume else config.tokenizer
     tokenizer, train_tokens, val_tokens, text = prepare(config.data, vocabulary, shape.vocab_size, config.val_bytes)
-    require(not resume or text == run["text"], f"{' '.join(config.data)} has changed since the run began: begin a new one")
+    require(not resume or text == run.get("text", text), f"{' '.join(config.data)} has changed since the run began: begin a new one")
     asked = given.get("vocab_size", tokenizer.vocab_size)
     require(asked == tokenizer.vocab_size or tokenizer.kind == "bpe", f"--vocab_size {asked} does not fit {tokenizer.kind}")
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
@@ -1097,16 +1131,15 @@ def main(argv=None):
     with torch.device("meta"):  # shapes without memory
         size = sum(p.numel() for p in GPT(shape).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    require(16 * size < memory, f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, gradients and averages, "
+    require(16 * size < memory or device.type != "cpu", f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, gradients and averages, "
             f"and this machine has {memory / 1e9:,.0f} GB")  # fmt: skip
     torch.manual_seed(config.seed)
-    model = GPT(shape).to(device)
+    model, healthy = GPT(shape).to(device), math.log(shape.vocab_size) + 0.0002 * shape.n_embd
     say(
         f"{size:,} parameters: {shape.n_layer} blocks, {shape.n_head} heads, {shape.n_embd} channels, context "
         f"{shape.block_size}; {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,}\n"
         f"{' '.join(config.data)}: {len(train_tokens):,} tokens to learn from, {len(val_tokens):,} to validate on\n"
-        f"{config.max_steps:,} steps on {device} in {str(resolve_dtype(config.dtype, device)).split('.')[1]}; a healthy first "
-        f"loss is ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {math.log(shape.vocab_size) + 0.0002 * shape.n_embd:.2f}"
+        f"a healthy first loss: ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token"
     )
     train_data = TokenDataset(train_tokens, shape.block_size, config.stride or max(1, shape.block_size // 4))
     val_data = TokenDataset(val_tokens, shape.block_size)

@@ -161,15 +161,16 @@ def run(argv):
     require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
     require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file exclude each other")
     speakers = [Speaker(name, args) for name in args.model]
-    prompt = args.prompt
-    if args.prompt_file:
-        try:
-            prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{args.prompt_file} is not UTF-8 text: {error}") from error
-    if prompt is None and sys.stdin.isatty():
+    if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
         return converse(speakers, args)
-    show(speakers, sys.stdin.read().rstrip("\n") if prompt is None else prompt, args)
+    try:
+        if args.prompt_file:
+            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+        elif args.prompt is None:
+            args.prompt = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
+    show(speakers, args.prompt, args)
 
 
 if __name__ == "__main__":

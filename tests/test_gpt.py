@@ -272,6 +272,18 @@ def test_the_cut_is_never_inside_a_character(own_folder):
             assert "\ufffd" not in "".join(gpt.read_text(*segments[0]))
 
 
+def test_a_cut_in_the_last_character_of_a_file_moves_to_the_next_file(own_folder):
+    first, second = own_folder / "a.txt", own_folder / "b.txt"
+    first.write_text("x" * 899 + "é"), second.write_text("y" * 99)
+    train, val = gpt.split_texts([first, second], 2**20)
+    assert train == [(first, 0, 901)] and val == [(second, 0, 99)]
+
+
+def test_a_slice_of_a_mapped_file_is_that_slice(own_folder):
+    np.arange(100, dtype=np.uint16).tofile("t.bin")
+    assert TokenDataset(np.memmap("t.bin", np.uint16, "r")[50:], 8)[0][0][0] == 50
+
+
 def test_validation_is_a_tenth_but_no_more_than_val_bytes(prose):
     size = prose.stat().st_size
     for limit, expected in ((2**20, size // 10), (100, 100)):
@@ -740,16 +752,20 @@ def test_a_damaged_checkpoint_is_refused(own_folder, name, change):
 def test_a_missing_checkpoint_names_the_command_that_makes_it(own_folder):
     with pytest.raises(InputError, match=r"python gpt\.py --out checkpoints/mine"):
         gpt.find_checkpoint("mine")
-    with pytest.raises(InputError, match=r"python convert_gpt2\.py gpt2-medium"):
+    with pytest.raises(InputError, match=r"python convert_gpt2\.py gpt2-medium`"):
         gpt.find_checkpoint("gpt2-medium")
+    with pytest.raises(InputError, match=r"python finetune\.py --model gpt2`"):
+        gpt.find_checkpoint("gpt2-finetuned")
+    with pytest.raises(InputError, match=r"--out checkpoints/mine`"):
+        gpt.find_checkpoint("checkpoints/mine")
 
 
 def test_a_write_that_fails_leaves_the_old_file(own_folder):
     path = Path("f")
     path.write_text("old")
-    with pytest.raises(RuntimeError), gpt.replacing(path) as part:
+    with pytest.raises(OSError, match="disk is full"), gpt.replacing(path) as part:
         part.write_text("half of the ne")
-        raise RuntimeError
+        raise RuntimeError("the disk is full")
     assert path.read_text() == "old" and os.listdir() == ["f"]
 
 
@@ -768,6 +784,23 @@ def test_decay_is_for_matrices_only_and_every_parameter_has_one_optimizer(small)
             assert all((p.dim() == 2) == (group["weight_decay"] == 0.3) for p in group["params"])
     muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
     assert muon == {id(p) for name, p in small.named_parameters() if ".h." in name and p.dim() == 2}
+
+
+def test_stacked_muon_takes_the_steps_of_torchs_muon():
+    torch.manual_seed(0)
+    shapes = [(48, 16), (16, 48), (48, 16), (16, 16), (16, 48), (16, 16), (33, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [gpt.Muon(ours, 0.1, 0.2), torch.optim.Muon(theirs, 0.1, 0.2, adjust_lr_fn="match_rms_adamw")]
+    begin = [p.detach().clone() for p in ours]
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, begin):
+        assert (p - q).norm() < 0.02 * (q - start).norm()  # both orthogonalize in bfloat16
 
 
 def test_frozen_parameters_reach_no_optimizer(small):
@@ -899,6 +932,37 @@ def test_resuming_is_the_same_as_never_stopping(prose, optimizer, monkeypatch):
         assert torch.equal(weight, parameters_of("parts")[name])
 
 
+def test_dropout_differs_from_step_to_step_and_training_follows_the_schedule(prose, monkeypatch):
+    original, masks, rates = gpt.gradients, [], []
+
+    def noting(model, data, step, config, dtype):
+        state = torch.get_rng_state()
+        masks.append(gpt.Dropout(0.5).train()(torch.ones(64)))
+        torch.set_rng_state(state)
+        return original(model, data, step, config, dtype)
+
+    class Noting(torch.optim.AdamW):
+        def step(self):
+            rates.append({group["lr"] for group in self.param_groups})
+            norm = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm()
+            assert norm <= 0.0101
+            super().step()
+
+    monkeypatch.setattr(gpt, "gradients", noting)
+    monkeypatch.setattr(torch.optim, "AdamW", Noting)
+    run_training("--data", prose, "--out", "here", "--grad_clip", 0.01, "--lr", 0.01)
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) == 12
+    config = TrainConfig(lr=0.01, warmup_steps=2, max_steps=12)
+    assert rates == [{gpt.learning_rate(step, config)} for step in range(12)]
+
+
+def test_flags_that_are_given_beat_the_preset(prose, capsys):
+    run_training("--data", prose, "--out", "here", "--preset", "gpt2", "--vocab_size", "257")
+    described = json.loads(Path("here/config.json").read_text())
+    assert described["model"]["n_embd"] == 16 and described["model"]["dropout"] == 0.1
+    assert described["training"]["optimizer"] == "adamw" and described["training"]["max_steps"] == 12
+
+
 def test_resuming_mends_files_that_a_crash_left_behind(prose):
     run_training("--data", prose, "--out", "here")
     good = {name: Path("here", name).read_bytes() for name in ("model.safetensors", "tokenizer.tiktoken", "log.csv")}
@@ -937,7 +1001,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
 def test_two_processes_compute_what_one_computes(prose):
     flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2"]
     one = script("gpt.py", *flags, "--out", "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", str(ROOT / "gpt.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "gpt.py")]
     two = subprocess.run([*torchrun, *flags, "--out", "two"], capture_output=True, text=True, timeout=240, check=False)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert one.stdout.replace("one", "two") == two.stdout
@@ -1018,6 +1082,7 @@ BAD = [
     (["--out", "file/sub"], "Not a directory|File exists"),
     (["--resume", "--out", "nothing"], "nothing to resume in nothing"),
     (["--resume", "--out", "broken"], "not a readable training state"),
+    (["--out", "/proc"], "already|/proc|No such file"),
     (["--resume", "--preset", "tiny"], "--resume goes with neither"),
 ]
 

@@ -125,6 +125,13 @@ def test_prompts_come_from_a_file_and_from_stdin(checkpoints, capsys, monkeypatc
     assert speak(capsys, "--model", "first")[0] == expected
 
 
+def test_a_prompt_that_is_not_utf8_is_refused(checkpoints):
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", "first"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, check=False)
+    assert done.returncode == 2 and done.stdout == b""  # the locale decides which of the two finds it
+    assert done.stderr.startswith((b"error: standard input is not UTF-8", b"error: the text is not valid Unicode"))
+
+
 def test_a_dialogue_in_a_terminal_continues_each_prompt(checkpoints, capsys, monkeypatch):
     typed = iter(["one", "two"])
 
@@ -207,6 +214,10 @@ def test_help_needs_no_torch():
 
 
 def test_a_real_process_streams_as_it_generates(checkpoints):
+    model, tokenizer = gpt.load_checkpoint("checkpoints/first")
+    with torch.no_grad():
+        model.transformer.wte.weight[tokenizer.eot] = -100 * model.transformer.ln_f.bias  # the end of text never comes
+    gpt.save_checkpoint("checkpoints/first", model, tokenizer, overwrite=True)
     command = [sys.executable, str(ROOT / "sample.py"), "--model", "first", "--prompt", "a", "--max_new_tokens", "20000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(20)[:1] == b"a"
