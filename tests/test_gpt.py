@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -963,6 +964,21 @@ def test_flags_that_are_given_beat_the_preset(prose, capsys):
     assert described["training"]["optimizer"] == "adamw" and described["training"]["max_steps"] == 12
 
 
+@pytest.mark.parametrize(
+    ("steps", "given", "expected"), [(600, [], 0.15), (12, [], 0.0), (600, ["--dropout", "0"], 0.0), (12, ["--preset", "gpt2"], 0.1)]
+)
+def test_dropout_is_for_text_that_is_seen_often_unless_it_is_given(prose, monkeypatch, steps, given, expected):
+    class Enough(Exception):
+        pass
+
+    def stop(model, *_, **__):
+        raise Enough(model.config.dropout)
+
+    monkeypatch.setattr(gpt, "train", stop)
+    with pytest.raises(Enough, match=str(expected)):
+        gpt.main([*TINY, "--data", str(prose), "--max_steps", str(steps), *given, "--vocab_size", "257"])
+
+
 def test_resuming_mends_files_that_a_crash_left_behind(prose):
     run_training("--data", prose, "--out", "here")
     good = {name: Path("here", name).read_bytes() for name in ("model.safetensors", "tokenizer.tiktoken", "log.csv")}
@@ -1132,3 +1148,36 @@ def test_help_names_every_flag(capsys):
     assert stopped.value.code == 0
     for field in dataclasses.fields(GPTConfig) + dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in text and field.metadata["help"][:20] in " ".join(text.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def readme_commands(name):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    return sorted({line.strip("| `") for line in lines if regex.match(rf"(torchrun \S+ |python |\| `python ){name}", line)})
+
+
+def test_readme_commands_use_flags_that_exist(monkeypatch, capsys):
+    assert len(readme_commands("gpt.py")) > 8
+    for line in readme_commands("gpt.py"):
+        flags = shlex.split(line, comments=True)
+        flags = flags[flags.index("gpt.py") + 1 :]
+        parser = gpt.Parser()
+        for name in ("--preset", "--resume", "--overwrite"):
+            parser.add_argument(name, **({} if name == "--preset" else {"action": "store_true"}))
+        gpt.add_flags(parser, GPTConfig, TrainConfig)
+        parsed = vars(parser.parse_args(flags))
+        values = gpt.PRESETS[parsed.pop("preset") or "tiny"] | parsed
+        gpt.from_flags(GPTConfig, values), gpt.from_flags(TrainConfig, values)
+
+
+def test_readme_has_the_presets_as_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in gpt.PRESETS:
+        shape = GPTConfig.preset(name)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in GPT(shape).parameters())
+        row = (shape.n_layer, shape.n_embd, shape.n_head, shape.block_size, shape.vocab_size, count)
+        assert f"| `{name}` | " + " | ".join(f"{value:,}" for value in row) + " |" in text

@@ -238,3 +238,13 @@ def test_a_reader_who_leaves_early_is_no_error(checkpoints):
 def test_a_prompt_from_the_shell_works_end_to_end(checkpoints):
     done = script("sample.py", "--model", "second", "--prompt", "The fox", "--max_new_tokens", "10")
     assert done.returncode == 0 and done.stdout.startswith("The fox") and done.stderr == ""
+
+
+def test_readme_commands_use_flags_that_exist():
+    import shlex
+
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.startswith("python sample.py")]
+    assert len(lines) > 4
+    for line in lines:
+        sample.add_arguments(gpt.Parser()).parse_args(shlex.split(line)[2:])
