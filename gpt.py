@@ -1109,7 +1109,7 @@ def main(argv=None):
     values, run = PRESETS[preset or "tiny"] | given, None
     if resume:
         require(preset is None and not overwrite, "--resume goes with neither --preset nor --overwrite")
-        run = load_run(given.get("out", TrainConfig().out))
+        run = load_run(given.setdefault("out", TrainConfig.out))
         changed = sorted(key for key in given.keys() - CHANGEABLE if given[key] != run["config"][key])
         require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
         values = run["config"] | given

@@ -426,14 +426,16 @@ def test_another_text_in_its_place_is_refused(web, answer):
 # Model
 
 
-def test_a_token_never_sees_its_future(small):
+@pytest.mark.parametrize("written_out", [True, False])
+def test_a_token_never_sees_its_future(small, written_out):
     idx = torch.randint(0, 50, (2, 16))
-    logits, _ = small(idx)
-    for t in range(16):
-        changed = idx.clone()
-        changed[:, t] = (changed[:, t] + 1) % 50
-        moved = (small(changed)[0] - logits).abs().amax(dim=(0, 2))  # (T,)
-        assert (moved[:t] == 0).all() and moved[t] > 0
+    with torch.set_grad_enabled(written_out):  # without gradients, attention is the fused kernel's
+        logits, _ = small(idx)
+        for t in range(16):
+            changed = idx.clone()
+            changed[:, t] = (changed[:, t] + 1) % 50
+            moved = (small(changed)[0] - logits).abs().amax(dim=(0, 2))  # (T,)
+            assert (moved[:t] == 0).all() and moved[t] > 0
 
 
 def test_a_token_sees_all_of_its_past(small):
@@ -990,10 +992,12 @@ def test_resuming_mends_files_that_a_crash_left_behind(prose):
     gpt.load_checkpoint("here")
 
 
-def test_a_finished_run_can_be_prolonged(prose):
-    run_training("--data", prose, "--out", "here")
-    gpt.main(["--resume", "--out", "here", "--max_steps", "16"])
-    assert Path("here/log.csv").read_text().splitlines()[-1].startswith("16,")
+def test_a_finished_run_can_be_moved_and_prolonged(prose):
+    run_training("--data", prose, "--out", "there")
+    Path("checkpoints").mkdir()
+    Path("there").rename("checkpoints/scratch")
+    gpt.main(["--resume", "--max_steps", "16"])
+    assert Path("checkpoints/scratch/log.csv").read_text().splitlines()[-1].startswith("16,") and not Path("there").exists()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
