@@ -78,7 +78,7 @@ class GPTConfig:
     n_layer: int = flag(4, "blocks: how often attention and MLP alternate", 1, 1000)
     n_head: int = flag(4, "attention heads per block: how many things a token can look for at once", 1, 2**16)
     n_embd: int = flag(192, "channels: the width of the residual stream", 1, 2**16)
-    dropout: float = flag(0.0, "share of activations zeroed in training; not given, 0.15 for text seen often", 0, 0.99)
+    dropout: float = flag(0.0, "share of activations zeroed in training; if not given, 0.15 for text seen over 4 times", 0, 0.99)
 
     def __post_init__(self):
         check_fields(self)
@@ -127,7 +127,7 @@ def from_flags(config_class, flags):
 
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
-        "dropout": 0.1, "batch_size": 2, "grad_accum": 8, "optimizer": "adamw", "lr": 6e-4, "min_lr": 0.1, "beta2": 0.95,
+        "dropout": 0.1, "batch_size": 1, "grad_accum": 16, "optimizer": "adamw", "lr": 6e-4, "min_lr": 0.1, "beta2": 0.95,
         "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
 PRESETS = {  # dicts of flag defaults; flags that are given win
     "tiny": {},
@@ -297,12 +297,12 @@ def fetch_shakespeare(path):
 
     session, retry = requests.Session(), Retry(4, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504])
     session.mount(SHAKESPEARE, HTTPAdapter(max_retries=retry))
+    hint = f"could not be downloaded from {SHAKESPEARE}: try again, or save it yourself as {path}"
     try:
         content = session.get(SHAKESPEARE, timeout=30).content
     except requests.RequestException as error:
-        content = type(error).__name__.encode()
-    right = hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256
-    require(right, f"{SHAKESPEARE} gave {content[:60]!r}, not the text: try again, or save that file yourself as {path}")
+        raise InputError(f"shakespeare {hint} ({type(error).__name__})") from error
+    require(hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256, f"shakespeare {hint} (another text came)")
     write(path, content)
 
 
@@ -682,7 +682,8 @@ FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_sta
 
 def refuse_existing(folder, overwrite=False):
     found = any((Path(folder) / name).exists() for name in FILES)
-    require(overwrite or not found, f"{folder} already holds a checkpoint: add --overwrite, or choose another folder")
+    require(overwrite or not found, f"{folder} already holds a checkpoint: add --overwrite, go on with --resume, or choose "
+            "another folder")  # fmt: skip
 
 
 def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **facts):
@@ -985,22 +986,24 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
 
     def validate():
         figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
-        loss, losses = check(figures["loss"], "validation loss"), run["losses"] or [figures["loss"]]
+        loss, losses = check(figures["loss"], "validation loss"), run["losses"]
         row = {"step": step, "tokens": step * per_step, "seconds": round(time.perf_counter() - began, 2), "lr": lr,
-               "train_loss": sum(losses) / len(losses), "val_loss": loss, "val_bits_per_byte": figures["bits_per_byte"],
-               "grad_norm": norm}  # fmt: skip
+               "train_loss": sum(losses) / len(losses) if losses else math.nan, "val_loss": loss,
+               "val_bits_per_byte": figures["bits_per_byte"], "grad_norm": norm}  # fmt: skip
         run["rows"], run["losses"] = [*run["rows"], row], []
         if loss < run["best"]["loss"]:
             run["best"] = {"step": step, **figures}
             run["best_weights"] = {name: p.detach().cpu().clone() for name, p in trained.items()}
         save()
         prompt, generator = val_data.batch([0])[0][:, :16], torch.Generator(device).manual_seed(config.seed)
-        ids = model.generate(prompt.to(device), 48, temperature=0.8, top_p=0.9, generator=generator)[0].tolist()
-        given, made = tokenizer.decode(ids[: prompt.shape[1]]), tokenizer.decode(ids[prompt.shape[1] :])
-        say(f"step {step:,}: training loss {row['train_loss']:.4f}, validation loss {loss:.4f} (perplexity "
-            f"{figures['perplexity']:.2f}), {figures['bits_per_byte']:.4f} bits per byte\n  {given!r} -> {made!r}")  # fmt: skip
+        new = (token.item() for token in model.stream(prompt.to(device), 48, temperature=0.8, top_p=0.9, generator=generator))
+        made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot, new))
+        say(f"step {step:,}: " + (f"training loss {row['train_loss']:.4f}, " if losses else "") + f"validation loss {loss:.4f} "
+            f"(perplexity {figures['perplexity']:.2f}), {figures['bits_per_byte']:.4f} bits per byte\n"
+            f"  the model continues {tokenizer.decode(prompt[0].tolist())!r} with {made!r}")  # fmt: skip
 
-    say(f"{config.max_steps:,} steps of {per_step:,} tokens on {device}, matrix products in {str(dtype).split('.')[1]}")
+    resumed = f"going on at step {first:,} of " if first else ""
+    say(f"{resumed}{config.max_steps:,} steps of {per_step:,} tokens on {device}, with {str(dtype).split('.')[1]} products")
     keep_freed_memory()
     model.train()
     bar = tqdm(desc="training", total=config.max_steps, initial=first, unit=" steps", disable=None if rank == 0 else True)
@@ -1017,7 +1020,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             if stop:
                 save()
-                say(f"stopped and saved at step {step:,}; go on with: python gpt.py --resume --out {config.out}")
+                say(f"stopped and saved at step {step:,} (model.safetensors is of step {run['best']['step']:,}, the best "
+                    f"validation); go on with: python gpt.py --resume --out {config.out}")  # fmt: skip
                 raise SystemExit(128 + int(stop))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
             loss = check(gradients(runner, train_data, step, config, dtype), "loss")
