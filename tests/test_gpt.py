@@ -1019,7 +1019,8 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
 
 
 def test_two_processes_compute_what_one_computes(prose):
-    flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2"]
+    """With AdamW, as Muon orthogonalizes in bfloat16, where the least difference in rounding grows to 2e-4."""
+    flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2", "--optimizer", "adamw"]
     one = script("gpt.py", *flags, "--out", "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "gpt.py")]
     two = subprocess.run([*torchrun, *flags, "--out", "two"], capture_output=True, text=True, timeout=240, check=False)
@@ -1027,7 +1028,7 @@ def test_two_processes_compute_what_one_computes(prose):
     assert one.stdout.replace("one", "two") == two.stdout
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
-        assert torch.allclose(weight, weights[name], atol=2e-4), name
+        assert torch.allclose(weight, weights[name], atol=1e-5), name
     losses = [[float(line.split(",")[5]) for line in Path(f"{n}/log.csv").read_text().splitlines()[1:]] for n in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
 
@@ -1046,11 +1047,12 @@ def test_compiled_training_computes_the_same(prose):
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("torch.compile needs a C++ compiler")
     flags = [*TINY, "--data", prose, "--dtype", "float32", "--dropout", "0", "--max_steps", "4", "--n_layer", "1"]
+    flags += ["--optimizer", "adamw"]
     for out, more in (("plain", []), ("compiled", ["--compile"])):
         done = script("gpt.py", *flags, "--out", out, *more)
         assert done.returncode == 0, done.stderr
     for name, weight in parameters_of("plain").items():
-        assert torch.allclose(weight, parameters_of("compiled")[name], atol=1e-4), name
+        assert torch.allclose(weight, parameters_of("compiled")[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
