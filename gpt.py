@@ -797,7 +797,9 @@ class Muon(torch.optim.Muon):
         for (short, long), params in shapes.items():
             stack = torch.empty(len(params), short, long, dtype=torch.bfloat16, device=params[0].device)
             for p, wide in zip(params, stack, strict=True):
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
                 wide.copy_(update if update.shape == wide.shape else update.T)
@@ -996,8 +998,9 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             run["best_weights"] = {name: p.detach().cpu().clone() for name, p in trained.items()}
         save()
         prompt, generator = val_data.batch([0])[0][:, :16], torch.Generator(device).manual_seed(config.seed)
-        new = (token.item() for token in model.stream(prompt.to(device), 48, temperature=0.8, top_p=0.9, generator=generator))
-        made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot, new))
+        options = {"temperature": 0.8, "top_p": 0.9, "eot": tokenizer.eot, "generator": generator}
+        ids = model.generate(prompt.to(device), 48, **options)[0, prompt.shape[1] :].tolist()
+        made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot, ids))
         say(f"step {step:,}: " + (f"training loss {row['train_loss']:.4f}, " if losses else "") + f"validation loss {loss:.4f} "
             f"(perplexity {figures['perplexity']:.2f}), {figures['bits_per_byte']:.4f} bits per byte\n"
             f"  the model continues {tokenizer.decode(prompt[0].tolist())!r} with {made!r}")  # fmt: skip
@@ -1138,8 +1141,8 @@ def main(argv=None):
     with torch.device("meta"):  # shapes without memory
         size = sum(p.numel() for p in GPT(shape).parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    require(16 * size < memory or device.type != "cpu", f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, gradients and averages, "
-            f"and this machine has {memory / 1e9:,.0f} GB")  # fmt: skip
+    require(16 * size < memory or device.type != "cpu", f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, "
+            f"gradients and averages, and this machine has {memory / 1e9:,.0f} GB")  # fmt: skip
     torch.manual_seed(config.seed)
     model, healthy = GPT(shape).to(device), math.log(shape.vocab_size) + 0.0002 * shape.n_embd
     say(
