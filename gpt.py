@@ -191,10 +191,11 @@ def train_bpe(texts, vocab_size):
 
 
 class Tokenizer:
-    """A vocabulary on tiktoken's encoder. Its last number, `eot`, is the end of text, which no text encodes to."""
+    """A vocabulary on tiktoken's encoder. `eot`, the number that no token has, is the end of text: no text encodes to it."""
 
     def __init__(self, ranks, kind):
-        self.ranks, self.kind, self.eot, self.vocab_size = ranks, kind, len(ranks), len(ranks) + 1
+        self.ranks, self.kind, self.vocab_size = ranks, kind, len(ranks) + 1
+        self.eot = min(set(range(self.vocab_size)) - set(ranks.values()))  # the last number, for all vocabularies made here
         self.encoding = tiktoken.Encoding(kind, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
 
     @classmethod
@@ -241,7 +242,9 @@ class Tokenizer:
     @functools.cached_property
     def n_bytes(self):
         """(V,) the length of each token in bytes; the end of text has none."""
-        return torch.tensor([len(token) for token in sorted(self.ranks, key=self.ranks.get)] + [0])
+        lengths = torch.zeros(self.vocab_size, dtype=torch.int64)
+        lengths[list(self.ranks.values())] = torch.tensor([len(token) for token in self.ranks])
+        return lengths
 
     def dumps(self):
         """The tokens in tiktoken's file format, one a line: the bytes in base64, and the number."""
@@ -254,8 +257,9 @@ class Tokenizer:
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         except ValueError as error:
             raise InputError(f"a line of the tokenizer is not 'base64 number': {error}") from error
-        sound = sorted(ranks.values()) == list(range(len(pairs))) and all(bytes([byte]) in ranks for byte in range(256))
-        require(sound, "the tokenizer's numbers are not 0, 1, 2, ... with every byte among them")
+        sound = len(ranks) == len(pairs) == len(set(ranks.values()) & set(range(len(pairs) + 1)))
+        require(sound and all(bytes([byte]) in ranks for byte in range(256)),
+                "the tokenizer's numbers are not 0, 1, 2, ... with one left out, and every byte among them")  # fmt: skip
         return cls(ranks, kind)
 
 
@@ -281,7 +285,9 @@ def replacing(path):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()  # where nothing can be written, this says so
+        mode = part.stat().st_mode
         yield part
+        os.chmod(part, mode)  # save_file makes a file that only its owner can read
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -1,0 +1,161 @@
+"""Files of a model on the Hugging Face hub -> files here: each downloaded once, checked, and only then given its name.
+
+A download goes to NAME.ETAG.part and goes on from there when it breaks. It takes its final name when its size and its
+hash are those that the hub announced. HF_ENDPOINT (a mirror) and HF_TOKEN (for private models) mean what they mean
+everywhere in that ecosystem.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.parse import quote
+
+import requests
+from tqdm import tqdm
+
+import gpt
+from gpt import InputError, require, say
+
+NAMES = {"distilgpt2": "distilbert/distilgpt2"} | {name: f"openai-community/{name}" for name in gpt.PRESETS if "gpt2" in name}
+TIMEOUT, ATTEMPTS, PAUSE, LONGEST_PAUSE = (10, 30), 5, 1.0, 300  # seconds, except for the attempts
+
+
+class Interrupted(Exception):
+    """A download that is worth another attempt; `pause` is how long the server asked to wait."""
+
+    def __init__(self, reason, pause=None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+def etag_of(response):
+    """What the hub calls the file's content: sha256 for a large file, git's sha1 for a small one, or ""."""
+    hops = [*response.history, response]  # a large file is a redirect, and the hub's own answer has the hash
+    found = [hop.headers[key] for key in ("X-Linked-Etag", "ETag") for hop in hops if key in hop.headers]
+    return re.sub(r'^(W/)?"?|"$', "", found[0]) if found else ""
+
+
+def check_content(path, etag, size):
+    """Raise Interrupted, and drop the file, unless it has the size and the hash that were announced."""
+    actual, digest = path.stat().st_size, None
+    if actual < (size or 0):
+        raise Interrupted(f"the connection ended after {actual:,} of {size:,} bytes")
+    if re.fullmatch("[0-9a-f]{64}", etag):
+        digest = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", etag):
+        digest = hashlib.sha1(b"blob %d\0" % actual)
+    if digest:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    if (size and actual != size) or (digest and digest.hexdigest() != etag):
+        path.unlink()
+        raise Interrupted(f"{actual:,} bytes came that are not the file: its hash should be {etag or 'unknown'}")
+
+
+def attempt(session, url, path):
+    """Download what is still missing of url -> the hub's commit; None where there is no such file."""
+    parts = sorted(path.parent.glob(f"{path.name}.*.part"))
+    have = parts[0].stat().st_size if parts else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        status, etag = response.status_code, etag_of(response)
+        part = path.with_name(f"{path.name}.{re.sub('[^0-9a-zA-Z]', '', etag)[:64] or 'unknown'}.part")
+        if status == 404:
+            return None
+        require(status not in (401, 403), f"the answer for {url} is {status}: there is no such public model; check the name, "
+                "or set HF_TOKEN to a token that may read it")  # fmt: skip
+        if status in (408, 429) or status >= 500:
+            asked = response.headers.get("Retry-After", "")
+            if asked and not asked.isdigit():
+                asked = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+            raise Interrupted(f"the server answered {status}", float(asked) if asked else None)
+        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if status == 416 or (status == 206 and not resumes) or (have and parts != [part]):  # nothing to go on from
+            for stale in parts:
+                stale.unlink()
+            raise Interrupted("what was downloaded before does not fit any more", 0)
+        require(status in (200, 206), f"the answer for {url} is {status} {response.reason}")
+        require("text/html" not in response.headers.get("Content-Type", ""), f"a web page came in place of {path.name}: is a "
+                "proxy or a login page between this machine and the hub?")  # fmt: skip
+        have = have if status == 206 else 0
+        sizes = [hop.headers["X-Linked-Size"] for hop in response.history if "X-Linked-Size" in hop.headers]
+        size = int(sizes[0]) if sizes else have + int(response.headers.get("Content-Length", -have))
+        bar = tqdm(total=size or None, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
+        with bar, open(part, "ab" if have else "wb") as file:
+            for block in response.iter_content(2**16):
+                file.write(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        check_content(part, etag, size)
+        if path.suffix == ".json":
+            read_json(part)
+        os.replace(part, path)
+        return next((hop.headers[key] for hop in [*response.history, response] for key in ["X-Repo-Commit"] if key in hop.headers), "")
+
+
+def download(session, url, path, by_hand):
+    """url -> path, through broken connections and busy servers; returns as `attempt`. Raises InputError."""
+    failures = 0
+    while True:
+        before = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
+        try:
+            return attempt(session, url, path)
+        except (Interrupted, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            reason, asked = " ".join(str(error).split())[:200], getattr(error, "pause", None)
+        except (requests.RequestException, ValueError) as error:
+            raise InputError(f"{path.name}: {error}. You can fetch the files by hand: {by_hand}") from error
+        after = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
+        failures = failures + 1 if after <= before else 1  # what makes progress may go on failing
+        pause = PAUSE * 2 ** (failures - 1) if asked is None else asked
+        require(failures < ATTEMPTS and pause <= LONGEST_PAUSE, f"{path.name} could not be downloaded from {url}: {reason}. The "
+                f"same command goes on where it stopped; or fetch the files by hand: {by_hand}")  # fmt: skip
+        say(f"{path.name}: {reason}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+
+
+def open_source(name, revision="main"):
+    """A folder, a model's short name or owner/name -> fetch(file name) -> its path or None, and where that is."""
+    if (Path(name) / "config.json").is_file():
+        return lambda file: path if (path := Path(name) / file).is_file() else None, Path(name)
+    require(not Path(name).is_dir(), f"{name} has no config.json: it takes that, vocab.json, merges.txt and model.safetensors")
+    repository = NAMES.get(name, name)
+    require(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository), f"{name!r} is neither a folder nor owner/name nor one of "
+            f"{', '.join(NAMES)}")  # fmt: skip
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    folder = gpt.CACHE / "hub" / f"{repository.replace('/', '--')}@{quote(revision, safe='')}"
+    by_hand = (f"save config.json, vocab.json, merges.txt and model.safetensors from {endpoint}/{repository}/tree/{revision} in "
+               "a folder, and give its path in place of the name")  # fmt: skip
+    session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"  # a compressed answer has neither the size nor the ranges of the file
+    if os.environ.get("HF_TOKEN"):
+        session.headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"  # requests keeps it from other hosts
+
+    def fetch(file):
+        if (folder / file).is_file():
+            return folder / file
+        folder.mkdir(parents=True, exist_ok=True)
+        pin = folder / "commit"  # all files come from one commit, though they be fetched on different days
+        at = pin.read_text() if pin.exists() else revision
+        commit = download(session, f"{endpoint}/{repository}/resolve/{quote(at, safe='')}/{file}", folder / file, by_hand)
+        if commit and not pin.exists():
+            gpt.write(pin, commit)
+        require(commit is not None or file != "config.json", f"there is no {file} at {endpoint}/{repository} in revision "
+                f"{revision}: check the name, or {by_hand}")  # fmt: skip
+        return folder / file if commit is not None else None
+
+    return fetch, folder
+
+
+def read_json(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): delete it and fetch it again") from error
+    require(isinstance(found, dict), f"{path} holds no JSON object")
+    return found

@@ -1,0 +1,317 @@
+"""The proof that our model computes what the reference computes, and the place where a wrong one parts from it.
+
+    python verify_gpt2.py gpt2                          beside transformers in float64: logits, loss, greedy text
+    python verify_gpt2.py gpt2 --diagnose               each known mistake, put in on purpose: how far does it show?
+    python verify_gpt2.py mine --reference hf-folder    where does my own conversion part from the published files?
+    python verify_gpt2.py gpt2 --random                 the same for random weights of GPT-2's shape, with no download
+
+The reference is the published files where they were converted from, read by transformers; for a model of our own, its
+weights as export.py writes them. Exit status 1 if the two differ.
+"""
+
+import functools
+import json
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gpt
+from convert_gpt2 import PARAGRAPH, convert
+from export import to_hf
+from gpt import GPT, GPTConfig, InputError, Tokenizer, command, find_checkpoint, load_checkpoint, require, say
+from hub import read_json
+
+TOLERANCE = 1e-5  # largest relative error of float32 logits: max |difference| / max |reference|
+
+
+def relative_error(ours, reference):
+    return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+
+
+def randomize(model, seed=0):
+    """Weights that hide nothing: small ones would keep a wrong GELU or mask under the tolerance, and large embeddings a
+    wrong epsilon."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        std = 0.05 if "wte" in name or "wpe" in name else 2 * p.shape[-1] ** -0.5 if p.dim() == 2 else 0.3
+        norm = name.endswith("weight") and p.dim() == 1
+        p.data = torch.randn(p.shape, generator=generator) * std + norm
+    model.tie()
+    return model.eval()
+
+
+def inputs(config, tokenizer):
+    """{what it is: token numbers (B, T)}, from one token to the whole context."""
+    T, generator = config.block_size, torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randint, config.vocab_size, generator=generator)
+    text = torch.tensor([[tokenizer.eot, *tokenizer.encode(PARAGRAPH)][:T]])
+    return {"one token": draw((1, 1)), "a paragraph": text, "2 x random tokens": draw((2, T // 2)), "full context": draw((1, T))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours beside the reference.
+
+
+@contextmanager
+def reference_of(model, tokenizer, folder=None):
+    """transformers' GPT-2 with the weights in `folder`, or with ours."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("the reference is the package transformers: pip install transformers") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder is None:
+            to_hf(model, tokenizer, Path(scratch))
+        try:
+            loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
+                folder or scratch, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
+        except Exception as error:
+            raise InputError(f"transformers cannot read {folder}: {error}") from error
+        missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # the head is tied
+        require(not missing, f"transformers finds no {', '.join(missing[:3])} in {folder}")
+        theirs, ours = loaded.config, model.config
+        require((theirs.n_layer, theirs.n_head, theirs.n_embd, theirs.vocab_size) == (ours.n_layer, ours.n_head, ours.n_embd,
+                ours.vocab_size) and theirs.n_positions >= ours.block_size, f"the model in {folder} has another shape")  # fmt: skip
+        yield loaded.eval()
+
+
+def loss_of(logits, idx):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), idx[:, 1:].flatten()).item() if idx.shape[1] > 1 else None
+
+
+@torch.no_grad()
+def compare(model, reference, tokenizer, new_tokens):
+    """Both models on all inputs -> rows of figures; the reference ends in float64."""
+    config, examples, rows = model.config, inputs(model.config, tokenizer), []
+    single = {name: reference(idx).logits for name, idx in examples.items()}
+    reference.double()
+    for name, idx in examples.items():
+        ours, exact = model(idx)[0], reference(idx).logits
+        rows.append({"input": name, "tokens": idx.numel(), "relative_error": relative_error(ours, exact),
+                     "transformers_float32": relative_error(single.pop(name), exact),
+                     "top1": (ours.argmax(-1) == exact.argmax(-1)).double().mean().item(),
+                     "loss": loss_of(ours, idx), "reference_loss": loss_of(exact, idx)})  # fmt: skip
+    prompt = examples["a paragraph"][:, : min(8, config.block_size // 2)]
+    count = min(new_tokens, config.block_size - prompt.shape[1])
+    made = model.generate(prompt, count, temperature=0)[0]
+    exact = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)[0]  # fmt: skip
+    rows.append({"input": "greedy text", "tokens": count, "same": first_difference(made, exact, prompt.shape[1])})
+    return rows
+
+
+def first_difference(a, b, start):
+    """How many tokens after the prompt are the same before the first that differs."""
+    differ = (a[start:] != b[start:]).nonzero()
+    return differ[0].item() if len(differ) else len(a) - start
+
+
+def show(rows):
+    print(f"{'input':<18} {'tokens':>6}  {'relative error':>14}  {'transformers in float32':>23}  {'top-1':>7}  {'loss':>9}  reference")
+    for row in rows[:-1]:
+        losses = "" if row["loss"] is None else f"{row['loss']:>9.6f}  {row['reference_loss']:>9.6f}"
+        print(f"{row['input']:<18} {row['tokens']:>6,}  {row['relative_error']:>14.1e}  {row['transformers_float32']:>23.1e}  "
+              f"{row['top1']:>7.2%}  {losses}".rstrip())  # fmt: skip
+    print(f"greedy text: {rows[-1]['same']} of {rows[-1]['tokens']} tokens the same")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where two computations part. The modules of both models have the same names, so what goes through them compares.
+
+STEPS = [("ln_1", "in", "the residual stream"), ("ln_1", "out", "LayerNorm 1"), ("attn.c_attn", "out", "queries, keys, values"),
+         ("attn.c_proj", "in", "attention: scores, scaling, mask, softmax"), ("attn.c_proj", "out", "attention's projection"),
+         ("ln_2", "in", "the residual sum after attention"), ("ln_2", "out", "LayerNorm 2"), ("mlp.c_fc", "out", "the MLP's first layer"),
+         ("mlp.c_proj", "in", "GELU"), ("mlp.c_proj", "out", "the MLP's second layer")]  # fmt: skip
+
+
+def places(n_layer):
+    """All places that are compared, in the order of the computation: (module, side, what is computed there)."""
+    yield "transformer.wte", "out", "token embedding"
+    yield "transformer.drop", "out", "token plus position embedding"
+    for i in range(n_layer):
+        yield from ((f"transformer.h.{i}.{module}", side, f"block {i}, {what}") for module, side, what in STEPS)
+    yield "transformer.ln_f", "in", "the residual stream after the last block"
+    yield "transformer.ln_f", "out", "the final LayerNorm"
+    yield "lm_head", "out", "the head"
+
+
+@torch.no_grad()
+def activations(model, idx):
+    """What goes into and comes out of every module on the way: {(module, side): tensor}."""
+    seen, hooks = {}, []
+    for name, side, _ in places(model.config.n_layer):
+
+        def note(module, given, made=None, key=(name, side)):
+            seen[key] = (given[0] if made is None else made).detach().clone()
+
+        module = model.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(note) if side == "in" else module.register_forward_hook(note))
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def parting(ours, reference, n_layer):
+    """The first place where two sets of activations differ by more than the tolerance -> its description, or None."""
+    errors = ((what, relative_error(ours[name, side], reference[name, side])) for name, side, what in places(n_layer))
+    return next((f"{what} ({error:.0e})" for what, error in errors if not error <= TOLERANCE), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every known mistake, put in on purpose.
+
+
+@contextmanager
+def holding(thing, name, value):
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+def untransposed(part):
+    """The published numbers, read in their own order: what a missing transpose gives where no shape check stops it."""
+
+    def changes(model):
+        weights = [block.get_submodule(part).weight for block in model.transformer.h]
+        return [holding(weight, "data", weight.data.T.reshape(weight.shape)) for weight in weights]
+
+    return changes
+
+
+def unlearned(weight):
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+def shifted(weight):
+    return nn.Parameter(weight.detach().roll(-1, 0))
+
+
+def peek(q, k, v, *_):
+    T, S = q.shape[2], k.shape[2]
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(T, S, dtype=torch.bool).tril(S - T + 1))
+
+
+def post_norm(block, x, cache=None):
+    x = block.ln_1(x + block.attn(x, cache))
+    return block.ln_2(x + block.mlp(x))
+
+
+def drop(model):
+    values = ((m, key, value) for m in model.modules() if isinstance(m, gpt.Dropout) for key, value in (("p", 0.1), ("training", True)))
+    return [holding(model, "eval", lambda: model), *(holding(*value) for value in values)]
+
+
+attention, gelu = gpt.attention, F.gelu
+MISTAKES = {  # name -> what it changes in the model or in gpt.py, for as long as it is held
+    "missing transpose: attn.c_attn": untransposed("attn.c_attn"),
+    "missing transpose: attn.c_proj": untransposed("attn.c_proj"),
+    "missing transpose: mlp.c_fc": untransposed("mlp.c_fc"),
+    "missing transpose: mlp.c_proj": untransposed("mlp.c_proj"),
+    "exact GELU, not tanh": lambda model: [holding(F, "gelu", lambda x, approximate: gelu(x))],
+    "LayerNorm eps 1e-12": lambda model: [holding(m, "eps", 1e-12) for m in model.modules() if isinstance(m, nn.LayerNorm)],
+    "head not tied": lambda model: [holding(model.lm_head, "weight", nn.Parameter(unlearned(model.lm_head.weight)))],
+    "scores not divided by √D": lambda model: [holding(gpt, "attention", lambda q, *kv: attention(q * q.shape[-1] ** 0.5, *kv))],
+    "mask off by one": lambda model: [holding(gpt, "attention", peek)],
+    "post-LayerNorm": lambda model: [holding(gpt.Block, "forward", post_norm)],
+    "positions shifted by one": lambda model: [holding(model.transformer.wpe, "weight", shifted(model.transformer.wpe.weight))],
+    "dropout left on": drop,
+}
+
+
+@torch.no_grad()
+def diagnose(model, tokenizer, new_tokens):
+    """Each mistake's effect on the logits, the loss and the greedy text -> rows of figures; the model ends as it began."""
+    idx = inputs(model.config, tokenizer)["a paragraph"]
+    prompt = idx[:, : min(8, model.config.block_size // 2)]
+    sound, rows = activations(model, idx), []
+    logits, text = sound["lm_head", "out"], model.generate(prompt, new_tokens, temperature=0)[0]
+    for name, changes in MISTAKES.items():
+        with ExitStack() as stack:
+            for change in changes(model):
+                stack.enter_context(change)
+            torch.manual_seed(0)  # for dropout
+            broken = activations(model, idx)
+            made = model.generate(prompt, new_tokens, temperature=0)[0]
+        rows.append({"mistake": name, "relative_error": relative_error(broken["lm_head", "out"], logits),
+                     "loss": loss_of(broken["lm_head", "out"], idx), "sound_loss": loss_of(logits, idx),
+                     "same_tokens": first_difference(made, text, prompt.shape[1]), "tokens": new_tokens,
+                     "parts_at": parting(broken, sound, model.config.n_layer)})  # fmt: skip
+    return rows
+
+
+def show_mistakes(rows):
+    print(f"{'mistake':<31} {'logits':>7}  {'loss':>6}  {'greedy text':>11}  parts first at (relative error there)")
+    for row in rows:
+        moved = f"{row['loss'] - row['sound_loss']:+.0e}" if row["loss"] is not None else ""
+        print(f"{row['mistake']:<31} {row['relative_error']:>7.0e}  {moved:>6}  {row['same_tokens']:>4} of {row['tokens']:<4}  "
+              f"{row['parts_at']}")  # fmt: skip
+    print("logits: max |difference| / max |sound|; loss: nats per token, beside "
+          f"{rows[0]['sound_loss']:.3f}; greedy text: tokens before the first that differs")  # fmt: skip
+
+
+def find_model(args, scratch):
+    """-> model, tokenizer, and the folder of the published files if there is one."""
+    if args.random:
+        return randomize(GPT(GPTConfig.preset(args.name))), Tokenizer.bytes(), None
+    folder = find_checkpoint(args.name)
+    described = read_json(folder / "config.json")
+    if "model_type" in described:
+        convert(str(folder), scratch)
+        return *load_checkpoint(scratch), folder
+    source = Path(described.get("source", {}).get("folder", folder))
+    return *load_checkpoint(folder), source if source != folder and (source / "config.json").is_file() else None
+
+
+@command
+def main(argv=None):
+    parser = gpt.Parser(prog="verify_gpt2.py", description="Proof that our model computes what transformers computes.")
+    add = parser.add_argument
+    add("name", nargs="?", default="gpt2", help="a checkpoint, or a folder of published files (default: gpt2)")
+    add("--reference", help="folder of published files to compare with (default: what the checkpoint was converted from)")
+    add("--random", action="store_true", help="name is a preset of gpt.py, and its weights are random: no download")
+    add("--diagnose", action="store_true", help="put each known mistake in on purpose, and show how far it moves the model")
+    add("--new_tokens", type=int, default=200, help="length of the greedy text (default: 200)")
+    add("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    require(args.new_tokens >= 1, f"--new_tokens is {args.new_tokens}, expected at least 1")
+    require(args.reference is None or not (args.random or args.diagnose), "--reference goes with neither --random nor --diagnose")
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer, folder = find_model(args, scratch)
+        require(model.config.block_size > 1, "a context of one token leaves nothing to compare")
+        if args.diagnose:
+            rows = diagnose(model, tokenizer, args.new_tokens)
+            return print("\n".join(map(json.dumps, rows))) if args.json else show_mistakes(rows)
+        folder = args.reference or folder
+        say(f"reference: transformers in float64, with {f'the files in {folder}' if folder else 'our weights by way of export.py'}")
+        with reference_of(model, tokenizer, folder) as reference:
+            rows = compare(model, reference, tokenizer, args.new_tokens)
+            worst = max(row["relative_error"] for row in rows[:-1])
+            equal = worst <= TOLERANCE and rows[-1]["same"] == rows[-1]["tokens"]
+            idx = inputs(model.config, tokenizer)["a paragraph"]
+            place = None if equal else parting(activations(model, idx), activations(reference, idx), model.config.n_layer)
+    if args.json:
+        print("\n".join(map(json.dumps, [*rows, {"equal": equal, "worst": worst, "parts_at": place}])))
+    else:
+        show(rows)
+        print(f"equal: no relative error over {worst:.1e}, where {TOLERANCE:.0e} is allowed" if equal else
+              f"different: relative error {worst:.1e}, over the {TOLERANCE:.0e} that is allowed, or other tokens; the two part "
+              f"first at {place or 'no activation: the longer inputs or the generation differ'}")  # fmt: skip
+    if not equal:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
