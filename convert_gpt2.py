@@ -10,12 +10,14 @@ written for x @ W with W (in, out), and nn.Linear computes x @ W.T with W (out, 
 forgotten transpose shows as a wrong shape, except in attn.c_proj, which is square: there only the result is wrong.
 """
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,9 +60,10 @@ def read_config(described, block_size=None):
     missing = [theirs for theirs in SHAPE.values() if theirs not in described]
     require(not missing, f"config.json lacks {', '.join(missing)}")
     config = GPTConfig(**{ours: described[theirs] for ours, theirs in SHAPE.items()}, dropout=described.get("resid_pdrop", 0.1))
-    require(1 <= (block_size or 1) <= config.block_size, f"--block_size {block_size} is not within the model's context of "
+    block_size = config.block_size if block_size is None else block_size
+    require(1 <= block_size <= config.block_size, f"--block_size {block_size} is not within the model's context of "
             f"{config.block_size}")  # fmt: skip
-    return dataclasses.replace(config, block_size=block_size or config.block_size)
+    return dataclasses.replace(config, block_size=block_size)
 
 
 def characters():
@@ -70,27 +73,33 @@ def characters():
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def read_tokenizer(fetch):
-    """vocab.json and merges.txt, or tokenizer.json -> Tokenizer; raises InputError for a vocabulary unlike GPT-2's."""
+def read_vocabulary(fetch):
+    """vocab.json and merges.txt, or tokenizer.json -> {token: number}, [(left, right)], in the characters for bytes."""
     if (vocab := fetch("vocab.json")) and (merges := fetch("merges.txt")):
-        vocab, lines = read_json(vocab), merges.read_text(encoding="utf-8").split("\n")
-        pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-    else:
-        require(path := fetch("tokenizer.json"), "there is neither vocab.json with merges.txt nor tokenizer.json: the vocabulary "
-                "is not GPT-2's, or lies elsewhere")  # fmt: skip
-        described, model = (found := read_json(path)), found.get("model", {})
-        require(model.get("type") == "BPE" and '"ByteLevel"' in json.dumps(described), f"{path} is not a byte-level BPE")
-        vocab = model["vocab"] | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        return read_json(vocab), [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
+    require(path := fetch("tokenizer.json"), "there is neither vocab.json with merges.txt nor tokenizer.json: the vocabulary is "
+            "not GPT-2's, or lies elsewhere")  # fmt: skip
+    described = read_json(path)
+    require('"ByteLevel"' in json.dumps(described), f"the vocabulary in {path} is not GPT-2's: it is not one of bytes")
+    vocab = described["model"]["vocab"] | {token["content"]: token["id"] for token in described["added_tokens"]}
+    return vocab, [pair.split(" ") if isinstance(pair, str) else pair for pair in described["model"]["merges"]]
+
+
+def read_tokenizer(fetch):
+    """The published vocabulary -> Tokenizer; raises InputError where it is laid out otherwise than GPT-2's."""
     byte_of = {character: byte for byte, character in characters().items()}
     try:
+        vocab, pairs = read_vocabulary(fetch)
         merged = list(dict.fromkeys(vocab["".join(pair)] for pair in pairs))
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in [*byte_of, *map("".join, pairs)]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the vocabulary is not GPT-2's: {error} is missing from it") from error
-    require(merged == sorted(merged), "the vocabulary is not GPT-2's: its merges are not in the order of their numbers")
-    others = {number: token for token, number in vocab.items() if number not in set(ranks.values())}
-    free, more = set(range(len(ranks) + 1)) - set(ranks.values()), ", ".join(map(repr, list(others.values())[:5]))
+        numbers = set(ranks.values())
+        others = {number: token for token, number in vocab.items() if number not in numbers}
+        ordered = merged == sorted(merged)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"the vocabulary is not GPT-2's: {type(error).__name__}, {error}") from error
+    require(ordered, "the vocabulary is not GPT-2's: its merges are not in the order of their numbers")
+    free, more = set(range(len(ranks) + 1)) - numbers, ", ".join(map(repr, list(others.values())[:5]))
     require(len(free) == 1 and free <= others.keys(), f"the vocabulary is not GPT-2's: the first {len(ranks) + 1:,} numbers are "
             f"not those of bytes, merges and one end of text; there are also {more}")  # fmt: skip
     tokenizer = Tokenizer(dict(sorted(ranks.items(), key=lambda item: item[1])), "bytes" if len(ranks) == 256 else "bpe")
@@ -183,6 +192,12 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
     save_checkpoint(out, model, tokenizer, weights, overwrite, source={"name": name, "folder": str(folder), "commit": commit})
 
 
+def return_freed_memory():
+    """Let glibc give back what is freed; else it keeps half of the tensors that were read, beside those that were made."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 @command
 def main(argv=None):
     parser = gpt.Parser(prog="convert_gpt2.py", description="GPT-2's published weights -> a checkpoint of ours.")
@@ -194,6 +209,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path("checkpoints", Path(args.name).resolve().name))
     gpt.refuse_existing(out, args.overwrite)
+    return_freed_memory()
     convert(args.name, out, args.block_size, args.revision, args.overwrite)
     model, tokenizer = load_checkpoint(out)
     config = model.config

@@ -10,6 +10,7 @@ convert_gpt2.py reads what the first one writes, and gives back the same checkpo
 import json
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save_file
 
 import gpt
@@ -116,7 +117,8 @@ def to_gguf(model, tokenizer, out, dtype):
             wanted = kinds[GGUF_TYPES[dtype]] if p.dim() == 2 and "wpe" not in name else kinds.F32
             if wanted == kinds.Q8_0 and p.shape[1] % 32:  # q8_0 scales 32 neighbours together
                 wanted = kinds.F16
-            values = gguf.quants.quantize(p.detach().numpy(), wanted)
+            with np.errstate(over="ignore"):  # the next line says it better
+                values = gguf.quants.quantize(p.detach().numpy(), wanted)
             require(wanted != kinds.F16 or abs(values).max() < float("inf"), f"{name} has values beyond the range of float16")
             writer.add_tensor(target, values, raw_dtype=wanted)
         writer.write_header_to_file()

@@ -711,8 +711,10 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **f
 def find_checkpoint(name):
     """A folder, or a name under checkpoints/ -> the folder; raises InputError with the command that would make it."""
     for folder in (Path(name), Path("checkpoints") / name):
-        if (folder / "config.json").is_file():
+        if (folder / "tokenizer.tiktoken").is_file():  # config.json alone could be another library's
             return folder
+    require(not (Path(name) / "config.json").is_file(), f"{name} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
+            f"is a GPT-2, make one with `python convert_gpt2.py {name}`")  # fmt: skip
     made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
     make = next((made_by[key] for key in made_by if key in name), f"gpt.py --out {folder if Path(name).name == name else name}")
     raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")

@@ -65,6 +65,7 @@ def reference_of(model, tokenizer, folder=None):
         raise InputError("the reference is the package transformers: pip install transformers") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    require(folder is None or (Path(folder) / "config.json").is_file(), f"there is no config.json in {folder}")
     with tempfile.TemporaryDirectory() as scratch:
         if folder is None:
             to_hf(model, tokenizer, Path(scratch))
@@ -266,13 +267,15 @@ def find_model(args, scratch):
     """-> model, tokenizer, and the folder of the published files if there is one."""
     if args.random:
         return randomize(GPT(GPTConfig.preset(args.name))), Tokenizer.bytes(), None
-    folder = find_checkpoint(args.name)
-    described = read_json(folder / "config.json")
-    if "model_type" in described:
-        convert(str(folder), scratch)
-        return *load_checkpoint(scratch), folder
-    source = Path(described.get("source", {}).get("folder", folder))
-    return *load_checkpoint(folder), source if source != folder and (source / "config.json").is_file() else None
+    try:
+        folder = find_checkpoint(args.name)
+    except InputError:
+        if not (Path(args.name) / "config.json").is_file():
+            raise
+        convert(args.name, scratch)
+        return *load_checkpoint(scratch), Path(args.name)
+    source = read_json(folder / "config.json").get("source", {}).get("folder")
+    return *load_checkpoint(folder), source if source and (Path(source) / "config.json").is_file() else None
 
 
 @command

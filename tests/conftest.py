@@ -81,8 +81,10 @@ def enlarge(model, seed=0):
 
 def published(folder, tokenizer=None, seed=0, **shape):
     """A folder such as the hub has, of transformers' own making, with our tokenizer's vocabulary -> transformers' model."""
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+    logging.disable_progress_bar()
     from export import to_hf
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = tokenizer or gpt.Tokenizer.bytes()
     shape = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": tokenizer.vocab_size} | shape

@@ -5,9 +5,10 @@ import time
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 import gpt
 import hub
-import pytest
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a download

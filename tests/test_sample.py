@@ -204,7 +204,7 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(checkpoints, capsys):
     assert "not a readable checkpoint" in refused(capsys, "--model", "first", "--prompt", "a")
     (checkpoints / "other").mkdir()
     (checkpoints / "other/config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}')
-    assert "other is not a readable checkpoint" in refused(capsys, "--model", "other", "--prompt", "a")
+    assert "python convert_gpt2.py other" in refused(capsys, "--model", "other", "--prompt", "a")
 
 
 def test_help_needs_no_torch():
