@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_gpt2
 import gpt
+import mistakes
 import verify_gpt2
 
 pytest.importorskip("transformers")
@@ -98,6 +99,12 @@ def test_a_broken_conversion_is_found_out_and_the_place_named(both, tmp_path, ca
     assert end.value.code == 1 and f"first at {place} (" in capsys.readouterr().out
 
 
+def test_a_nan_is_not_equal_to_anything(both, tmp_path, capsys):
+    damage(tmp_path / "checkpoints" / "ours", "transformer.h.1.ln_1.bias", lambda w: w * float("nan"))
+    assert verify("ours", "--new_tokens", "5") == 1
+    assert lines(capsys)[-1]["parts_at"].startswith("block 1, LayerNorm 1")
+
+
 def test_a_folder_of_published_files_will_do(both, capsys):
     assert verify(str(both)) == 0
     assert not list(both.glob("*.tiktoken")), "nothing is written into it"
@@ -143,7 +150,7 @@ PLACES = {
 def test_every_known_mistake_is_visible_and_its_place_is_named(both, capsys):
     assert verify("ours", "--diagnose", "--new_tokens", "50") == 0
     rows = {row["mistake"]: row for row in lines(capsys)}
-    assert rows.keys() == PLACES.keys() == verify_gpt2.MISTAKES.keys()
+    assert rows.keys() == PLACES.keys() == mistakes.MISTAKES.keys()
     for name, row in rows.items():
         assert row["relative_error"] > 1e-4, f"{name} moves the logits by {row['relative_error']:.1e} only"
         assert abs(row["loss"] - row["sound_loss"]) > 1e-7, name
@@ -153,7 +160,8 @@ def test_every_known_mistake_is_visible_and_its_place_is_named(both, capsys):
 
 
 def test_a_sound_model_shows_no_mistake(both, monkeypatch, capsys):
-    monkeypatch.setattr(verify_gpt2, "MISTAKES", {"none": lambda model: []})
+    monkeypatch.setattr(verify_gpt2, "MISTAKES", ["none"])
+    monkeypatch.setitem(mistakes.MISTAKES, "none", lambda model: [])
     verify("ours", "--diagnose")
     (row,) = lines(capsys)
     assert (row["relative_error"], row["parts_at"], row["same_tokens"]) == (0, None, 200)
