@@ -179,6 +179,25 @@ def test_bytes_without_merges_get_a_rule_that_never_applies():
     assert read_gguf("theirs.gguf")[0]["tokenizer.ggml.merges"] == ["<|endoftext|> <|endoftext|>"]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("float16", 5e-3), ("q8_0", 0.15)])
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(kind, dtype, tolerance):
+    """llama.cpp keeps its cache and a table of its GELU in float16, and quantizes activations for q8_0."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="compiles for minutes: pip install llama-cpp-python")
+    model, tokenizer = checkpoint("ours", TOKENIZERS[kind](), block_size=256, n_embd=64)
+    export.main(["ours", "--format", "gguf", "--dtype", dtype, "--out", "theirs.gguf"])
+    theirs = llama_cpp.Llama("theirs.gguf", n_ctx=256, logits_all=True, verbose=False)
+    rng = np.random.default_rng(0)
+    for text in ["".join(rng.choice(list("ab =-\n\t'st1é🎉 the"), 40)) for _ in range(100)]:
+        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
+    idx = rng.integers(tokenizer.vocab_size, size=256)
+    theirs.eval(idx.tolist())
+    ours = model(torch.from_numpy(idx)[None])[0][0].numpy()
+    assert np.abs(np.array(theirs.scores) - ours).max() / np.abs(ours).max() < tolerance
+    assert theirs.token_eos() == tokenizer.eot
+
+
 def test_values_beyond_float16_are_refused_and_nothing_is_written(tmp_path, capsys):
     model, tokenizer = checkpoint("ours")
     model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = 1e6

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -1154,37 +1153,3 @@ def test_help_names_every_flag(capsys):
     assert stopped.value.code == 0
     for field in dataclasses.fields(GPTConfig) + dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in text and field.metadata["help"][:20] in " ".join(text.split())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# README
-
-
-def readme_commands(name):
-    """Commands on a line of their own, and those in the first column of a table."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return regex.findall(rf"^(?:\| `)?((?:torchrun \S+ |python ){name}[^`\n]*)", text, regex.MULTILINE)
-
-
-def test_readme_commands_use_flags_that_exist():
-    assert len(readme_commands(r"gpt\.py")) > 12
-    for line in readme_commands(r"gpt\.py"):
-        flags = shlex.split(line, comments=True)
-        flags = flags[flags.index("gpt.py") + 1 :]
-        parser = gpt.Parser()
-        for name in ("--preset", "--resume", "--overwrite"):
-            parser.add_argument(name, **({} if name == "--preset" else {"action": "store_true"}))
-        gpt.add_flags(parser, GPTConfig, TrainConfig)
-        parsed = vars(parser.parse_args(flags))
-        values = gpt.PRESETS[parsed.pop("preset") or "tiny"] | parsed
-        gpt.from_flags(GPTConfig, values), gpt.from_flags(TrainConfig, values)
-
-
-def test_readme_has_the_presets_as_they_are():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in gpt.PRESETS:
-        shape = GPTConfig.preset(name)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in GPT(shape).parameters())
-        row = (shape.n_layer, shape.n_embd, shape.n_head, shape.block_size, shape.vocab_size, count)
-        assert f"| `{name}` | " + " | ".join(f"{value:,}" for value in row) + " |" in text

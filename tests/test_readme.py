@@ -1,0 +1,67 @@
+import functools
+import shlex
+
+import pytest
+import regex
+import torch
+from conftest import ROOT, script
+
+import gpt
+from gpt import GPT, GPTConfig, TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Commands on a line of their own, in the first column of a table, and within a sentence.
+COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )\w+\.py[^`\n]*)", README, regex.MULTILINE)
+COMMANDS += regex.findall(r"`(python \w+\.py[^`\n]*)`", README)
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def help_of(name):
+    done = script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_shows_every_script():
+    assert len(COMMANDS) > 30
+    assert {name for name in SCRIPTS if any(name in command for command in COMMANDS)} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
+def test_commands_use_flags_that_exist(line):
+    words = shlex.split(line, comments=True)
+    name = next(word for word in words if word.endswith(".py"))
+    flags = {word for word in words[words.index(name) + 1 :] if word.startswith("--")}
+    assert flags <= set(regex.findall(r"(?<=^\s*|[\s,])--\w+", help_of(name)))
+
+
+def test_commands_that_train_have_values_that_fit():
+    lines = [line for line in COMMANDS if "--help" not in line and "gpt.py" in shlex.split(line)[: 3 if line.startswith("torchrun") else 2]]
+    assert len(lines) > 12
+    for line in lines:
+        flags = shlex.split(line, comments=True)
+        flags = flags[flags.index("gpt.py") + 1 :]
+        parser = gpt.Parser()
+        for name in ("--preset", "--resume", "--overwrite"):
+            parser.add_argument(name, **({} if name == "--preset" else {"action": "store_true"}))
+        gpt.add_flags(parser, GPTConfig, TrainConfig)
+        parsed = vars(parser.parse_args(flags))
+        values = gpt.PRESETS[parsed.pop("preset") or "tiny"] | parsed
+        gpt.from_flags(GPTConfig, values), gpt.from_flags(TrainConfig, values)
+
+
+def test_presets_are_as_they_are():
+    for name in gpt.PRESETS:
+        shape = GPTConfig.preset(name)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in GPT(shape).parameters())
+        row = (shape.n_layer, shape.n_embd, shape.n_head, shape.block_size, shape.vocab_size, count)
+        assert f"| `{name}` | " + " | ".join(f"{value:,}" for value in row) + " |" in README
+
+
+def test_the_table_of_mistakes_names_them_all():
+    import mistakes
+
+    rows = regex.findall(r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE)
+    assert rows == list(mistakes.MISTAKES)
