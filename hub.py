@@ -101,17 +101,17 @@ def attempt(session, url, path):
 
 def download(session, url, path, by_hand):
     """url -> path, through broken connections and busy servers; returns as `attempt`. Raises InputError."""
-    failures = 0
+    failures = most = 0
     while True:
-        before = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
         try:
             return attempt(session, url, path)
         except (Interrupted, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             reason, asked = " ".join(str(error).split())[:200], getattr(error, "pause", None)
         except (requests.RequestException, ValueError) as error:
             raise InputError(f"{path.name}: {error}. You can fetch the files by hand: {by_hand}") from error
-        after = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
-        failures = failures + 1 if after <= before else 1  # what makes progress may go on failing
+        have = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
+        failures = failures + 1 if have <= most else 1  # what gets further than ever may go on failing
+        most = max(most, have)
         pause = PAUSE * 2 ** (failures - 1) if asked is None else asked
         require(failures < ATTEMPTS and pause <= LONGEST_PAUSE, f"{path.name} could not be downloaded from {url}: {reason}. The "
                 f"same command goes on where it stopped; or fetch the files by hand: {by_hand}")  # fmt: skip

@@ -161,8 +161,9 @@ def test_what_can_be_retried_is_retried_until_the_file_is_right(server, trouble,
     assert "trying again" in capsys.readouterr().err
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server):
-    server.trouble = ["cut"]
+@pytest.mark.parametrize("trouble", ["cut", "short"])
+def test_a_broken_download_goes_on_where_it_stopped(server, trouble):
+    server.trouble = [trouble]
     fetch, _ = hub.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE
     ranges = [headers.get("Range") for path, headers in server.seen if path.startswith("/cdn")]
@@ -174,6 +175,12 @@ def test_many_breaks_are_survived_as_long_as_each_brings_something(server):
     server.trouble = ["cut"] * 8
     fetch, _ = hub.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE * 40
+
+
+def test_breaks_and_wrong_content_in_turn_do_not_go_on_for_ever(server):
+    server.trouble = ["cut", "hash"] * 9
+    with pytest.raises(gpt.InputError, match="its hash should be|could not be downloaded"):
+        hub.open_source("owner/name")[0]("model.safetensors")
 
 
 def test_a_later_run_goes_on_with_what_an_earlier_one_got(server, monkeypatch):
@@ -193,6 +200,7 @@ def test_a_server_that_does_not_honour_ranges_spoils_nothing(server, trouble):
     server.trouble = ["cut", trouble]
     fetch, folder = hub.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE and not leftovers(folder)
+    assert sum(path.startswith("/cdn") for path, _ in server.seen) == (2 if trouble == "ranges ignored" else 3)
 
 
 def test_a_file_that_changed_on_the_hub_is_begun_anew(server):
