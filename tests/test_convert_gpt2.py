@@ -411,6 +411,15 @@ def test_a_checkpoint_is_not_overwritten_unasked(tmp_path):
     assert gpt.load_checkpoint("checkpoints/hf")[0].config.block_size == 4
 
 
+def test_what_cannot_be_written_is_not_downloaded_either(monkeypatch, capsys):
+    Path("checkpoints/gpt2").mkdir(parents=True, exist_ok=True)
+    Path("checkpoints/gpt2/model.safetensors").write_bytes(b"mine")
+    monkeypatch.setattr(hub.requests, "Session", None)
+    with pytest.raises(SystemExit) as end:
+        convert_gpt2.main(["gpt2"])
+    assert end.value.code == 2 and "already holds a checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [[], ["hf", "--block_size", "0"], ["hf", "--block_size", "33"], ["hf", "--blocksize", "4"],
                                   ["no such name"], ["checkpoints"]], ids=str)  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(tmp_path, argv, capsys):

@@ -68,6 +68,11 @@ def test_figures_are_those_of_an_independent_computation(both, capsys):
     assert row["relative_error"] == pytest.approx(((ours - theirs.logits).abs().max() / theirs.logits.abs().max()).item(), rel=0.01)
 
 
+def test_the_first_difference_is_the_first():
+    a, b = torch.tensor([9, 9, 1, 2, 3, 4, 5]), torch.tensor([9, 8, 1, 2, 7, 4, 7])
+    assert verify_gpt2.first_difference(a, b, 2) == 2 and verify_gpt2.first_difference(a, a, 2) == 5
+
+
 def test_the_table_is_for_reading(both, capsys):
     verify_gpt2.main(["ours", "--new_tokens", "5"])
     out, err = capsys.readouterr()
