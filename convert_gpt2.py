@@ -101,7 +101,7 @@ def read_tokenizer(fetch):
     require(ordered, "the vocabulary is not GPT-2's: its merges are not in the order of their numbers")
     free, more = set(range(len(ranks) + 1)) - numbers, ", ".join(map(repr, list(others.values())[:5]))
     require(len(free) == 1 and free <= others.keys(), f"the vocabulary is not GPT-2's: the first {len(ranks) + 1:,} numbers are "
-            f"not those of bytes, merges and one end of text; there are also {more}")  # fmt: skip
+            f"not those of bytes, merges and one end of text; its other tokens are {more or 'none'}")  # fmt: skip
     tokenizer = Tokenizer(dict(sorted(ranks.items(), key=lambda item: item[1])), "bytes" if len(ranks) == 256 else "bpe")
     if hashlib.sha256(tokenizer.dumps().encode()).hexdigest() == GPT2_VOCABULARY:
         tokenizer.kind = "gpt2"
@@ -119,7 +119,8 @@ def find_weights(fetch):
             require(shards and all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard) for shard in shards),
                     f"{path} does not name the files beside it")  # fmt: skip
             paths = [fetch(shard) for shard in shards]
-            require(all(paths), f"{path} names a file that is not there: {', '.join(shards)}")
+            missing = [shard for shard, found in zip(shards, paths, strict=True) if not found]
+            require(not missing, f"{path} names what is not there: {', '.join(missing)}")
             return paths
     raise InputError("there are no weights: no model.safetensors, no pytorch_model.bin, and no index of their shards")
 
@@ -144,7 +145,7 @@ def open_weights(paths):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged: {error}. Delete it and fetch it again") from error
         except Exception as error:
-            raise InputError(f"{path} holds something else than tensors, and was not loaded: {error}") from error
+            raise InputError(f"{path} is not a file of tensors alone, and was not loaded ({type(error).__name__})") from error
         for name, reader in readers.items():
             name = name.removeprefix("transformer.")
             require(name not in found, f"{path} holds {name} a second time")
@@ -181,6 +182,9 @@ def map_weights(found, model):
 def convert(name, out, block_size=None, revision="main", overwrite=False):
     """A model's name or folder -> the checkpoint folder `out`. Raises InputError."""
     fetch, folder = open_source(name, revision)
+    out = Path(out)
+    require(out.resolve() != folder.resolve(), f"{out} holds the published files themselves: choose another --out")
+    require(not out.exists() or out.is_dir(), f"{out} is a file: choose another --out")
     config = read_config(read_json(fetch("config.json")), block_size)
     tokenizer = read_tokenizer(fetch)
     require(tokenizer.vocab_size <= config.vocab_size, f"the vocabulary has {tokenizer.vocab_size:,} tokens, but the model only "
@@ -189,7 +193,10 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
         model = GPT(config)
     weights = map_weights(open_weights(find_weights(fetch)), model)
     commit = (folder / "commit").read_text() if (folder / "commit").exists() else ""
-    save_checkpoint(out, model, tokenizer, weights, overwrite, source={"name": name, "folder": str(folder), "commit": commit})
+    source = {"name": name, "folder": str(folder.resolve()), "commit": commit}
+    save_checkpoint(out, model, tokenizer, weights, overwrite, source=source)
+    for leftover in ("training_state.pt", "log.csv", "loss.png"):  # of the checkpoint that was overwritten
+        (out / leftover).unlink(missing_ok=True)
 
 
 def return_freed_memory():

@@ -87,6 +87,7 @@ def to_gguf(model, tokenizer, out, dtype):
     config, vocab, kinds = model.config, vocabulary(tokenizer), gguf.GGMLQuantizationType
     unused = [f"[PAD{number}]" for number in range(tokenizer.vocab_size, config.vocab_size)]  # rows that no token has
     types = [gguf.TokenType.CONTROL if number == tokenizer.eot else gguf.TokenType.NORMAL for number in vocab.values()]
+    out.parent.mkdir(parents=True, exist_ok=True)
     with gpt.replacing(out) as part:
         writer = gguf.GGUFWriter(part, "gpt2")
         writer.add_name(out.stem)
@@ -142,7 +143,7 @@ def main(argv=None):
     require(not (out / "tokenizer.tiktoken").exists(), f"{out} is a checkpoint of ours: choose another --out")
     taken = out.is_dir() if args.format == "gguf" else out.exists() and not out.is_dir()
     require(not taken, f"{out} is {'a folder, and gguf is one file' if out.is_dir() else 'a file, and hf makes a folder'}")
-    full = (out / "config.json").exists() if args.format == "hf" else out.exists()
+    full = any(out.iterdir()) if out.is_dir() else out.exists()
     require(args.overwrite or not full, f"{out} is there already: add --overwrite, or choose another --out")
     model, tokenizer = load_checkpoint(folder)
     if args.format == "hf":

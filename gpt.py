@@ -687,9 +687,9 @@ FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_sta
 
 
 def refuse_existing(folder, overwrite=False):
-    found = any((Path(folder) / name).exists() for name in FILES)
-    require(overwrite or not found, f"{folder} already holds a checkpoint: add --overwrite, go on with --resume, or choose "
-            "another folder")  # fmt: skip
+    found = [name for name in FILES if (Path(folder) / name).exists()]
+    resume = ", go on with its run by --resume" if "training_state.pt" in found else ""
+    require(overwrite or not found, f"{folder} already holds a checkpoint: add --overwrite{resume}, or choose another --out")
 
 
 def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **facts):
@@ -713,8 +713,11 @@ def find_checkpoint(name):
     for folder in (Path(name), Path("checkpoints") / name):
         if (folder / "tokenizer.tiktoken").is_file():  # config.json alone could be another library's
             return folder
-    require(not (Path(name) / "config.json").is_file(), f"{name} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
-            f"is a GPT-2, make one with `python convert_gpt2.py {name}`")  # fmt: skip
+    for folder in (Path(name), Path("checkpoints") / name):
+        require(not (folder / "config.json").is_file(), f"{folder} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
+                f"is a GPT-2, make one with `python convert_gpt2.py {folder} --out DIR`")  # fmt: skip
+    near = difflib.get_close_matches(str(name), [path.parent.name for path in Path("checkpoints").glob("*/tokenizer.tiktoken")], 1)
+    require(not near, f"there is no checkpoint {name}: did you mean {', '.join(near)}?")
     made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
     make = next((made_by[key] for key in made_by if key in name), f"gpt.py --out {folder if Path(name).name == name else name}")
     raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")

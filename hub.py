@@ -12,7 +12,7 @@ import re
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 from tqdm import tqdm
@@ -105,16 +105,22 @@ def download(session, url, path, by_hand):
     while True:
         try:
             return attempt(session, url, path)
-        except (Interrupted, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            reason, asked = " ".join(str(error).split())[:200], getattr(error, "pause", None)
+        except Interrupted as error:
+            reason, asked = str(error), error.pause
+        except requests.Timeout:
+            reason, asked = f"no answer for {TIMEOUT[1]} s", None
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            broken = "timed out" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError)
+            reason, asked = "the connection broke" if broken else f"no connection to {urlsplit(url).netloc}", None
         except (requests.RequestException, ValueError) as error:
-            raise InputError(f"{path.name}: {error}. You can fetch the files by hand: {by_hand}") from error
+            raise InputError(f"{path.name}: {error}. You can also {by_hand}") from error
         have = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
         failures = failures + 1 if have <= most else 1  # what gets further than ever may go on failing
         most = max(most, have)
         pause = PAUSE * 2 ** (failures - 1) if asked is None else asked
-        require(failures < ATTEMPTS and pause <= LONGEST_PAUSE, f"{path.name} could not be downloaded from {url}: {reason}. The "
-                f"same command goes on where it stopped; or fetch the files by hand: {by_hand}")  # fmt: skip
+        again = f"the same command goes on after {have:,} bytes; or " if have else ""
+        require(failures < ATTEMPTS and pause <= LONGEST_PAUSE, f"{path.name} could not be downloaded: {reason}. What to do: {again}"
+                f"{by_hand}")  # fmt: skip
         say(f"{path.name}: {reason}; trying again in {pause:.0f} s")
         time.sleep(pause)
 
@@ -122,15 +128,16 @@ def download(session, url, path, by_hand):
 def open_source(name, revision="main"):
     """A folder, a model's short name or owner/name -> fetch(file name) -> its path or None, and where that is."""
     if (Path(name) / "config.json").is_file():
-        return lambda file: path if (path := Path(name) / file).is_file() else None, Path(name)
+        require(revision == "main", f"--revision goes with a model on the hub, and {name} is a folder")
+        return lambda file: checked(path) if (path := Path(name) / file).is_file() else None, Path(name)
     require(not Path(name).is_dir(), f"{name} has no config.json: it takes that, vocab.json, merges.txt and model.safetensors")
     repository = NAMES.get(name, name)
     require(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository), f"{name!r} is neither a folder nor owner/name nor one of "
             f"{', '.join(NAMES)}")  # fmt: skip
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     folder = gpt.CACHE / "hub" / f"{repository.replace('/', '--')}@{quote(revision, safe='')}"
-    by_hand = (f"save config.json, vocab.json, merges.txt and model.safetensors from {endpoint}/{repository}/tree/{revision} in "
-               "a folder, and give its path in place of the name")  # fmt: skip
+    by_hand = ("save config.json, vocab.json, merges.txt and model.safetensors from "
+               f"https://huggingface.co/{repository}/tree/{revision} in a folder FOLDER, and run python convert_gpt2.py FOLDER")  # fmt: skip
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # a compressed answer has neither the size nor the ranges of the file
     if os.environ.get("HF_TOKEN"):
@@ -138,7 +145,7 @@ def open_source(name, revision="main"):
 
     def fetch(file):
         if (folder / file).is_file():
-            return folder / file
+            return checked(folder / file)
         folder.mkdir(parents=True, exist_ok=True)
         pin = folder / "commit"  # all files come from one commit, though they be fetched on different days
         at = pin.read_text() if pin.exists() else revision
@@ -147,15 +154,24 @@ def open_source(name, revision="main"):
             gpt.write(pin, commit)
         require(commit is not None or file != "config.json", f"there is no {file} at {endpoint}/{repository} in revision "
                 f"{revision}: check the name, or {by_hand}")  # fmt: skip
-        return folder / file if commit is not None else None
+        return checked(folder / file) if commit is not None else None
 
     return fetch, folder
+
+
+def checked(path):
+    """The path itself; raises InputError where a page or a pointer was saved in place of the file."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+    require(not start.startswith((b"<!doctype", b"<html")), f"{path} is a web page, not the file: delete it and fetch it again")
+    require(not start.startswith(b"version https://git-lfs"), f"{path} is a pointer of git-lfs, not the file: `git lfs pull` gets it")
+    return path
 
 
 def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): delete it and fetch it again") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     require(isinstance(found, dict), f"{path} holds no JSON object")
     return found

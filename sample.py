@@ -170,7 +170,12 @@ def run(argv):
             args.prompt = sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{args.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
-    show(speakers, args.prompt, args)
+    try:
+        show(speakers, args.prompt, args)
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print()  # the message that follows gets a line of its own
+        raise
 
 
 if __name__ == "__main__":

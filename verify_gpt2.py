@@ -66,7 +66,9 @@ def reference_of(model, tokenizer, folder=None):
         raise InputError("the reference is the package transformers: pip install transformers") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    require(folder is None or (Path(folder) / "config.json").is_file(), f"there is no config.json in {folder}")
+    if folder is not None:
+        kind = read_json(path).get("model_type") if (path := Path(folder) / "config.json").is_file() else None
+        require(kind == "gpt2", f"{folder} does not hold the published files of a GPT-2")
     with tempfile.TemporaryDirectory() as scratch:
         if folder is None:
             to_hf(model, tokenizer, Path(scratch))
@@ -74,7 +76,7 @@ def reference_of(model, tokenizer, folder=None):
         try:
             loaded, report = transformers.GPT2LMHeadModel.from_pretrained(folder or scratch, **options)
         except Exception as error:
-            raise InputError(f"transformers cannot read {folder}: {error}") from error
+            raise InputError(f"transformers cannot read {folder}: {type(error).__name__}") from error
         missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # the head is tied
         require(not missing, f"transformers finds no {', '.join(missing[:3])} in {folder}")
         theirs, ours = loaded.config, model.config
@@ -90,7 +92,7 @@ def loss_of(logits, idx):
 @torch.no_grad()
 def compare(model, reference, tokenizer, new_tokens):
     """Both models on all inputs -> rows of figures; the reference ends in float64."""
-    config, examples, rows = model.config, inputs(model.config, tokenizer), []
+    examples, rows = inputs(model.config, tokenizer), []
     single = {name: reference(idx).logits for name, idx in examples.items()}
     reference.double()
     for name, idx in tqdm(examples.items(), desc="comparing", delay=1, disable=None, leave=False):
@@ -99,13 +101,18 @@ def compare(model, reference, tokenizer, new_tokens):
                      "transformers_float32": relative_error(single.pop(name), exact),
                      "top1": (ours.argmax(-1) == exact.argmax(-1)).double().mean().item(),
                      "loss": loss_of(ours, idx), "reference_loss": loss_of(exact, idx)})  # fmt: skip
-    prompt = examples["a paragraph"][:, : min(8, config.block_size // 2)]
-    count = min(new_tokens, config.block_size - prompt.shape[1])
+    prompt, count = greedy(model, tokenizer, new_tokens)
     made = model.generate(prompt, count, temperature=0)[0]
     exact = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
                                eos_token_id=None, pad_token_id=0)[0]  # fmt: skip
     rows.append({"input": "greedy text", "tokens": count, "same": first_difference(made, exact, prompt.shape[1])})
     return rows
+
+
+def greedy(model, tokenizer, new_tokens):
+    """The prompt for a greedy text, and its length: as far as the context reaches."""
+    prompt = inputs(model.config, tokenizer)["a paragraph"][:, : min(8, model.config.block_size // 2)]
+    return prompt, min(new_tokens, model.config.block_size - prompt.shape[1])
 
 
 def first_difference(a, b, start):
@@ -115,12 +122,13 @@ def first_difference(a, b, start):
 
 
 def show(rows):
-    print(f"{'input':<18} {'tokens':>6}  {'relative error':>14}  {'transformers in float32':>23}  {'top-1':>7}  {'loss':>9}  reference")
+    print(f"{'':<18} {'':>6}  {'relative error of float32':^27}\n{'input':<18} {'tokens':>6}  {'ours':>9}  {'transformers':>16}  "
+          f"{'top-1':>7}  {'loss':>9}  reference")  # fmt: skip
     for row in rows[:-1]:
         losses = "" if row["loss"] is None else f"{row['loss']:>9.6f}  {row['reference_loss']:>9.6f}"
-        print(f"{row['input']:<18} {row['tokens']:>6,}  {row['relative_error']:>14.1e}  {row['transformers_float32']:>23.1e}  "
+        print(f"{row['input']:<18} {row['tokens']:>6,}  {row['relative_error']:>9.1e}  {row['transformers_float32']:>16.1e}  "
               f"{row['top1']:>7.2%}  {losses}".rstrip())  # fmt: skip
-    print(f"greedy text: {rows[-1]['same']} of {rows[-1]['tokens']} tokens the same")
+    print(f"greedy text: {rows[-1]['same']} of {rows[-1]['tokens']} tokens the same")  # as far as the context reaches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,16 +171,16 @@ def activations(model, idx):
 
 
 def parting(ours, reference, n_layer):
-    """The first place where two sets of activations differ by more than the tolerance -> its description, or None."""
+    """The first place where two sets of activations differ by more than the tolerance -> (what it is, by how much)."""
     errors = ((what, relative_error(ours[name, side], reference[name, side])) for name, side, what in places(n_layer))
-    return next((f"{what} ({error:.0e})" for what, error in errors if not error <= TOLERANCE), None)
+    return next((place for place in errors if not place[1] <= TOLERANCE), (None, 0.0))
 
 
 @torch.no_grad()
 def diagnose(model, tokenizer, new_tokens):
     """Each mistake's effect on the logits, the loss and the greedy text -> rows of figures; the model ends as it began."""
     idx = inputs(model.config, tokenizer)["a paragraph"]
-    prompt = idx[:, : min(8, model.config.block_size // 2)]
+    prompt, new_tokens = greedy(model, tokenizer, new_tokens)
     sound, rows = activations(model, idx), []
     logits, text = sound["lm_head", "out"], model.generate(prompt, new_tokens, temperature=0)[0]
     for name in tqdm(MISTAKES, desc="breaking it", delay=1, disable=None, leave=False):
@@ -180,10 +188,11 @@ def diagnose(model, tokenizer, new_tokens):
         with making(model, name):
             broken = activations(model, idx)
             made = model.generate(prompt, new_tokens, temperature=0)[0]
+        place, by = parting(broken, sound, model.config.n_layer)
         rows.append({"mistake": name, "relative_error": relative_error(broken["lm_head", "out"], logits),
                      "loss": loss_of(broken["lm_head", "out"], idx), "sound_loss": loss_of(logits, idx),
                      "same_tokens": first_difference(made, text, prompt.shape[1]), "tokens": new_tokens,
-                     "parts_at": parting(broken, sound, model.config.n_layer)})  # fmt: skip
+                     "parts_at": place, "parts_by": by})  # fmt: skip
     return rows
 
 
@@ -191,7 +200,7 @@ def show_mistakes(rows):
     print(f"{'mistake':<31} {'logits':>7}  {'loss':>6}  {'greedy text':>11}  parts first at (relative error there)")
     for row in rows:
         print(f"{row['mistake']:<31} {row['relative_error']:>7.0e}  {row['loss'] - row['sound_loss']:>+6.0e}  "
-              f"{row['same_tokens']:>4} of {row['tokens']:<4}  {row['parts_at']}")  # fmt: skip
+              f"{row['same_tokens']:>4} of {row['tokens']:<4}  {row['parts_at']} ({row['parts_by']:.0e})")  # fmt: skip
     print("logits: max |difference| / max |sound|; loss: nats per token, beside "
           f"{rows[0]['sound_loss']:.3f}; greedy text: tokens before the first that differs")  # fmt: skip
 
@@ -208,7 +217,10 @@ def find_model(args, scratch):
         convert(args.name, scratch)
         return *load_checkpoint(scratch), Path(args.name)
     source = read_json(folder / "config.json").get("source", {}).get("folder")
-    return *load_checkpoint(folder), source if source and (Path(source) / "config.json").is_file() else None
+    there = source and (Path(source) / "config.json").is_file()
+    require(there or not source or args.reference or args.own or args.diagnose, f"the published files in {source} are gone: give "
+            f"them by --reference, or add --own, which proves the computation, but not the conversion")  # fmt: skip
+    return *load_checkpoint(folder), source if there and not args.own else None
 
 
 @command
@@ -217,17 +229,21 @@ def main(argv=None):
     add = parser.add_argument
     add("name", nargs="?", default="gpt2", help="a checkpoint, or a folder of published files (default: gpt2)")
     add("--reference", help="folder of published files to compare with (default: what the checkpoint was converted from)")
+    add("--own", action="store_true", help="compare with the checkpoint's own weights: proves the computation, not the conversion")
     add("--random", action="store_true", help="name is a preset of gpt.py, and its weights are random: no download")
     add("--diagnose", action="store_true", help="put each known mistake in on purpose, and show how far it moves the model")
     add("--new_tokens", type=int, default=200, help="length of the greedy text (default: 200)")
     add("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     require(args.new_tokens >= 1, f"--new_tokens is {args.new_tokens}, expected at least 1")
-    require(args.reference is None or not (args.random or args.diagnose), "--reference goes with neither --random nor --diagnose")
+    chosen = [flag for flag in ("reference", "own", "random") if getattr(args, flag)]
+    require(len(chosen) < 2 and not (args.diagnose and args.reference), f"--{' and --'.join(chosen)} exclude each other, and "
+            "--diagnose compares with the sound model itself")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         model, tokenizer, folder = find_model(args, scratch)
         require(model.config.block_size > 1, "a context of one token leaves nothing to compare")
         if args.diagnose:
+            say("each mistake beside the same model without it; whether that is GPT-2's is for the command without --diagnose")
             rows = diagnose(model, tokenizer, args.new_tokens)
             return print("\n".join(map(json.dumps, rows))) if args.json else show_mistakes(rows)
         folder = args.reference or folder
@@ -237,14 +253,17 @@ def main(argv=None):
             worst = torch.tensor([row["relative_error"] for row in rows[:-1]], dtype=torch.float64).max().item()  # nan, if any is
             equal = worst <= TOLERANCE and rows[-1]["same"] == rows[-1]["tokens"]
             idx = inputs(model.config, tokenizer)["a paragraph"]
-            place = None if equal else parting(activations(model, idx), activations(reference, idx), model.config.n_layer)
+            places = activations(model, idx), activations(reference, idx)
+            place, by = (None, 0.0) if equal else parting(*places, model.config.n_layer)
     if args.json:
-        print("\n".join(map(json.dumps, [*rows, {"equal": equal, "worst": worst, "parts_at": place}])))
+        print("\n".join(map(json.dumps, [*rows, {"equal": equal, "worst": worst, "parts_at": place, "parts_by": by}])))
     else:
         show(rows)
-        print(f"equal: no relative error over {worst:.1e}, where {TOLERANCE:.0e} is allowed" if equal else
-              f"different: relative error {worst:.1e}, over the {TOLERANCE:.0e} that is allowed, or other tokens; the two part "
-              f"first at {place or 'no activation: the longer inputs or the generation differ'}")  # fmt: skip
+        wrong = [f"a relative error of {worst:.1e}, where {TOLERANCE:.0e} is allowed"] * (not worst <= TOLERANCE)
+        wrong += ["another greedy text"] * (rows[-1]["same"] < rows[-1]["tokens"])
+        parts = f"; they part first at {place}, with a relative error of {by:.0e} there" if place else ""
+        print(f"different: {' and '.join(wrong)}{parts}" if wrong else f"equal: no relative error over {worst:.1e}, where "
+              f"{TOLERANCE:.0e} is allowed")  # fmt: skip
     if not equal:
         raise SystemExit(1)
 

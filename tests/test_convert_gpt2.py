@@ -202,7 +202,7 @@ BROKEN = {
     "no width": (lambda folder: edit(folder, n_embd=None), "config.json lacks n_embd"),
     "wrong type": (lambda folder: edit(folder, n_embd="16"), "n_embd is '16', expected 1 to"),
     "terabytes": (lambda folder: edit(folder, n_embd=2**16, n_layer=99), "the weights do not fit config.json: .* more"),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("<html>"), "config.json is not JSON"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("<html>"), "config.json is a web page"),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is damaged.*fetch it again"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
     "no vocabulary": (
@@ -211,11 +211,11 @@ BROKEN = {
     ),
     "not a pickle": (
         lambda folder: ((folder / "model.safetensors").unlink(), (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}.")),
-        "holds something else than tensors",
+        "is not a file of tensors alone",
     ),
     "a pickle of something else": (
         lambda folder: ((folder / "model.safetensors").unlink(), torch.save([1, 2], folder / "pytorch_model.bin")),
-        "holds something else than tensors",
+        "is not a file of tensors alone",
     ),
 }  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_a_pickle_with_a_payload_is_refused_and_not_executed(tmp_path, zipped):
     (tmp_path / "hf" / "model.safetensors").unlink()
     state = reference.state_dict() | {"transformer.extra": Payload()}
     torch.save(state, tmp_path / "hf" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(gpt.InputError, match="holds something else than tensors, and was not loaded"):
+    with pytest.raises(gpt.InputError, match="is not a file of tensors alone, and was not loaded"):
         convert_gpt2.convert(str(tmp_path / "hf"), "ours")
     assert not os.path.exists("executed") and not os.path.exists("ours")
 
@@ -389,7 +389,7 @@ def test_the_command_converts_and_says_what_it_did(tmp_path, capsys):
     assert "checkpoints/tiny-gpt2: 11,216 parameters in 28 tensors, 8 of them transposed; context 32, vocabulary 257\n" in out
     assert "where guessing has ln 257 = 5.55" in out and "--model tiny-gpt2" in err and "verify_gpt2.py tiny-gpt2" in err
     described = json.loads((tmp_path / "checkpoints/tiny-gpt2/config.json").read_text())
-    assert described["source"]["folder"] == "tiny-gpt2"
+    assert described["source"]["folder"] == str(tmp_path / "tiny-gpt2")
 
 
 def test_sampling_from_it_needs_no_network(tmp_path, capsys, monkeypatch):
@@ -409,6 +409,34 @@ def test_a_checkpoint_is_not_overwritten_unasked(tmp_path):
     assert end.value.code == 2 and (tmp_path / "checkpoints/hf/model.safetensors").stat().st_mtime_ns == before
     convert_gpt2.main(["hf", "--block_size", "4", "--overwrite"])
     assert gpt.load_checkpoint("checkpoints/hf")[0].config.block_size == 4
+
+
+@pytest.mark.parametrize("out", ["hf", "file"])
+def test_the_published_files_and_other_files_are_not_overwritten(tmp_path, out, capsys):
+    published(tmp_path / "hf")
+    (tmp_path / "file").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        convert_gpt2.main(["hf", "--out", out, "--overwrite"])
+    assert end.value.code == 2 and "choose another --out" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_nothing_is_left_of_the_run_that_is_overwritten(tmp_path):
+    published(tmp_path / "hf")
+    (tmp_path / "ours").mkdir()
+    for name in ("training_state.pt", "log.csv", "loss.png", "config.json"):
+        (tmp_path / "ours" / name).write_text("old")
+    convert_gpt2.main(["hf", "--out", "ours", "--overwrite"])
+    assert sorted(os.listdir("ours")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    in_shards(tmp_path / "hf", published(tmp_path / "hf"))
+    gone = sorted((tmp_path / "hf").glob("model-0*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(gpt.InputError, match=f"names what is not there: {gone.name}$"):
+        convert_gpt2.convert("hf", "ours")
 
 
 def test_what_cannot_be_written_is_not_downloaded_either(monkeypatch, capsys):

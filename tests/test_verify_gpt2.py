@@ -51,7 +51,7 @@ def test_a_converted_model_is_proven_equal(both, capsys):
         assert row["relative_error"] < 1e-5 and row["top1"] == 1
         assert row["loss"] == row["reference_loss"] or abs(row["loss"] - row["reference_loss"]) < 1e-5
     assert (greedy["same"], greedy["tokens"]) == (200, 200)
-    assert verdict == {"equal": True, "worst": max(row["relative_error"] for row in rows), "parts_at": None}
+    assert verdict == {"equal": True, "worst": max(row["relative_error"] for row in rows), "parts_at": None, "parts_by": 0.0}
 
 
 def test_figures_are_those_of_an_independent_computation(both, capsys):
@@ -77,7 +77,7 @@ def test_the_table_is_for_reading(both, capsys):
     verify_gpt2.main(["ours", "--new_tokens", "5"])
     out, err = capsys.readouterr()
     assert "greedy text: 5 of 5 tokens the same" in out and "\nequal: no relative error over" in out
-    assert "the files in hf" in err
+    assert f"the files in {both}\n" in err
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,33 @@ def test_a_broken_conversion_is_found_out_and_the_place_named(both, tmp_path, ca
     damage(tmp_path / "checkpoints" / "ours", name, change)
     assert verify("ours", "--new_tokens", "5") == 1
     verdict = lines(capsys)[-1]
-    assert not verdict["equal"] and verdict["worst"] > 1e-5 and verdict["parts_at"].startswith(f"{place} (")
+    assert not verdict["equal"] and verdict["worst"] > 1e-5 and verdict["parts_at"] == place and verdict["parts_by"] > 1e-5
     with pytest.raises(SystemExit) as end:
         verify_gpt2.main(["ours", "--new_tokens", "5", "--reference", str(both)])
-    assert end.value.code == 1 and f"first at {place} (" in capsys.readouterr().out
+    assert end.value.code == 1 and f"first at {place}, with a" in capsys.readouterr().out
+
+
+def test_without_the_published_files_nothing_is_called_proven(both, tmp_path, capsys):
+    damage(tmp_path / "checkpoints" / "ours", "transformer.h.1.attn.c_proj.weight", lambda w: w.T)
+    both.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit) as end:
+        verify_gpt2.main(["ours"])
+    assert end.value.code == 2 and "are gone: give them by --reference" in capsys.readouterr().err
+    assert verify("ours", "--reference", "moved", "--new_tokens", "5") == 1
+    assert verify("ours", "--own", "--new_tokens", "5") == 0, "its own weights are computed with as they should be"
+
+
+def test_the_files_are_found_from_every_folder(both, tmp_path, monkeypatch, capsys):
+    damage(tmp_path / "checkpoints" / "ours", "transformer.h.1.attn.c_proj.weight", lambda w: w.T)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert verify("../checkpoints/ours", "--new_tokens", "5") == 1
 
 
 def test_a_nan_is_not_equal_to_anything(both, tmp_path, capsys):
     damage(tmp_path / "checkpoints" / "ours", "transformer.h.1.ln_1.bias", lambda w: w * float("nan"))
     assert verify("ours", "--new_tokens", "5") == 1
-    assert lines(capsys)[-1]["parts_at"].startswith("block 1, LayerNorm 1")
+    assert lines(capsys)[-1]["parts_at"] == "block 1, LayerNorm 1"
 
 
 def test_a_folder_of_published_files_will_do(both, capsys):
@@ -159,7 +176,7 @@ def test_every_known_mistake_is_visible_and_its_place_is_named(both, capsys):
     for name, row in rows.items():
         assert row["relative_error"] > 1e-4, f"{name} moves the logits by {row['relative_error']:.1e} only"
         assert abs(row["loss"] - row["sound_loss"]) > 1e-7, name
-        assert row["parts_at"].startswith(f"{PLACES[name]} ("), (name, row["parts_at"])
+        assert row["parts_at"] == PLACES[name] and row["parts_by"] > 1e-5, name
         if name not in ("exact GELU, not tanh", "LayerNorm eps 1e-12"):  # these two move little
             assert row["relative_error"] > 0.05 and row["same_tokens"] < 50, name
 
@@ -169,7 +186,7 @@ def test_a_sound_model_shows_no_mistake(both, monkeypatch, capsys):
     monkeypatch.setitem(mistakes.MISTAKES, "none", lambda model: [])
     verify("ours", "--diagnose")
     (row,) = lines(capsys)
-    assert (row["relative_error"], row["parts_at"], row["same_tokens"]) == (0, None, 200)
+    assert (row["relative_error"], row["parts_at"], row["same_tokens"]) == (0, None, 200), "as long as the context allows"
 
 
 def test_each_mistake_is_taken_back(both):
@@ -195,6 +212,8 @@ BAD = {
     "both": ["ours", "--diagnose", "--reference", "hf"],
     "random beside files": ["tiny", "--random", "--reference", "hf"],
     "no such reference": ["ours", "--reference", "nowhere"],
+    "a checkpoint as reference": ["ours", "--reference", "checkpoints/ours"],
+    "own and other weights": ["ours", "--reference", "hf", "--own"],
     "another shape": ["ours", "--reference", "other"],
     "not GPT-2": ["ours", "--reference", "llama"],
     "no weights": ["ours", "--reference", "empty"],
