@@ -122,7 +122,7 @@ def first_difference(a, b, start):
 
 
 def show(rows):
-    print(f"{'':<18} {'':>6}  {'relative error of float32':^27}\n{'input':<18} {'tokens':>6}  {'ours':>9}  {'transformers':>16}  "
+    print(f"{'':<26} relative error of float32\n{'input':<18} {'tokens':>6}  {'ours':>9}  {'transformers':>16}  "
           f"{'top-1':>7}  {'loss':>9}  reference")  # fmt: skip
     for row in rows[:-1]:
         losses = "" if row["loss"] is None else f"{row['loss']:>9.6f}  {row['reference_loss']:>9.6f}"

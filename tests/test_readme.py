@@ -65,3 +65,15 @@ def test_the_table_of_mistakes_names_them_all():
 
     rows = regex.findall(r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE)
     assert rows == list(mistakes.MISTAKES)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_loss_in_the_proof_is_that_of_the_command():
+    import verify_gpt2
+
+    model = verify_gpt2.randomize(GPT(GPTConfig.preset("gpt2")))
+    idx = verify_gpt2.inputs(model.config, gpt.Tokenizer.bytes())["a paragraph"]
+    loss = verify_gpt2.loss_of(model(idx)[0], idx)
+    shown = regex.search(r"^\| a paragraph \| 313 \| \S+ \| \S+ \| 100% \| (\S+) \| \1 \|$", README, regex.MULTILINE)
+    assert idx.shape == (1, 313) and loss == pytest.approx(float(shown[1]), abs=2e-5)
