@@ -14,7 +14,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from contextlib import suppress
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import gpt
 import hub
-from gpt import GPT, GPTConfig, InputError, Tokenizer, command, load_checkpoint, require, save_checkpoint, say
+from gpt import EOT, GPT, GPTConfig, InputError, Tokenizer, command, load_checkpoint, require, save_checkpoint, say
 from hub import open_source, read_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -41,9 +40,10 @@ PARAGRAPH = (
 
 GPT2_VOCABULARY = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # sha256 of Tokenizer.gpt2().dumps()
 
+SAME_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
 SAME = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "n_inner": None,
-        "quantization_config": None}  # fmt: skip
+        "quantization_config": None, "auto_map": None}  # fmt: skip
 SHAPE = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
 
 
@@ -51,9 +51,9 @@ def read_config(described, block_size=None):
     """config.json -> GPTConfig; raises InputError where the model computes something else than gpt.py does."""
     require("model_type" in described, "config.json has no model_type: this is no model of the Hugging Face hub")
     different = [key for key, ours in SAME.items() if described.get(key, ours) != ours]
-    if described.get("activation_function") == "gelu_pytorch_tanh":  # the same function under another name
+    if described.get("activation_function") in SAME_GELU[1:]:
         different.remove("activation_function")
-    if "n_inner" in different and described["n_inner"] == 4 * described.get("n_embd", 0):
+    if "n_inner" in different and isinstance(described.get("n_embd"), int) and described["n_inner"] == 4 * described["n_embd"]:
         different.remove("n_inner")
     require(not different, "this model does not compute what gpt.py does: " + "; ".join(
             f"its {key} is {described[key]!r}, and ours is {SAME[key]!r}" for key in different))  # fmt: skip
@@ -75,22 +75,34 @@ def characters():
 
 def read_vocabulary(fetch):
     """vocab.json and merges.txt, or tokenizer.json -> {token: number}, [(left, right)], in the characters for bytes."""
+    described, added = None, {}
+    if path := fetch("tokenizer.json"):
+        described = read_json(path)
+        splits = described["pre_tokenizer"] or {}
+        plain = splits.get("type") == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
+        require(plain and described["normalizer"] is None, f"the vocabulary is not GPT-2's: by {path}, its text is changed or split "
+                "in another way before it is encoded")  # fmt: skip
+        added = {token["content"]: token["id"] for token in described["added_tokens"]}
     if (vocab := fetch("vocab.json")) and (merges := fetch("merges.txt")):
         lines = merges.read_text(encoding="utf-8").split("\n")
-        return read_json(vocab), [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-    require(path := fetch("tokenizer.json"), "there is neither vocab.json with merges.txt nor tokenizer.json: the vocabulary is "
-            "not GPT-2's, or lies elsewhere")  # fmt: skip
-    described = read_json(path)
-    require('"ByteLevel"' in json.dumps(described), f"the vocabulary in {path} is not GPT-2's: it is not one of bytes")
-    vocab = described["model"]["vocab"] | {token["content"]: token["id"] for token in described["added_tokens"]}
-    return vocab, [pair.split(" ") if isinstance(pair, str) else pair for pair in described["model"]["merges"]]
+        return added | read_json(vocab), [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
+    require(described, "there is neither vocab.json with merges.txt nor tokenizer.json: the vocabulary is not GPT-2's, or lies "
+            "elsewhere")  # fmt: skip
+    return described["model"]["vocab"] | added, [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in described["model"]["merges"]
+    ]
 
 
-def read_tokenizer(fetch):
-    """The published vocabulary -> Tokenizer; raises InputError where it is laid out otherwise than GPT-2's."""
+def read_tokenizer(fetch, ends=()):
+    """The published vocabulary -> Tokenizer; raises InputError where it is laid out otherwise than GPT-2's.
+
+    The end of text is the number that no bytes have; it must be called <|endoftext|>, or be among `ends`.
+    """
     byte_of = {character: byte for byte, character in characters().items()}
     try:
         vocab, pairs = read_vocabulary(fetch)
+        odd = [token for token, number in vocab.items() if not isinstance(number, int)]
+        require(not odd, f"the vocabulary is not GPT-2's: the number of {odd[0] if odd else ''!r} is none")
         merged = list(dict.fromkeys(vocab["".join(pair)] for pair in pairs))
         ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in [*byte_of, *map("".join, pairs)]}
         numbers = set(ranks.values())
@@ -102,6 +114,9 @@ def read_tokenizer(fetch):
     free, more = set(range(len(ranks) + 1)) - numbers, ", ".join(map(repr, list(others.values())[:5]))
     require(len(free) == 1 and free <= others.keys(), f"the vocabulary is not GPT-2's: the first {len(ranks) + 1:,} numbers are "
             f"not those of bytes, merges and one end of text; its other tokens are {more or 'none'}")  # fmt: skip
+    (end,) = free
+    require(others[end] == EOT or end in ends, f"the vocabulary is not GPT-2's: number {end}, where the end of text should be, is "
+            f"{others[end]!r}")  # fmt: skip
     tokenizer = Tokenizer(dict(sorted(ranks.items(), key=lambda item: item[1])), "bytes" if len(ranks) == 256 else "bpe")
     if hashlib.sha256(tokenizer.dumps().encode()).hexdigest() == GPT2_VOCABULARY:
         tokenizer.kind = "gpt2"
@@ -115,7 +130,8 @@ def find_weights(fetch):
         if path and path.suffix != ".json":
             return [path]
         if path:
-            shards = sorted(set(map(str, read_json(path).get("weight_map", {}).values())))
+            where = read_json(path).get("weight_map")
+            shards = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
             require(shards and all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard) for shard in shards),
                     f"{path} does not name the files beside it")  # fmt: skip
             paths = [fetch(shard) for shard in shards]
@@ -141,6 +157,10 @@ def open_weights(paths):
                 readers = {name: (shape, functools.partial(read_one, path, name)) for name, shape in names.items()}
             else:  # a pickle: weights_only builds tensors and nothing else, whatever the file asks for
                 state = torch.load(path, map_location="cpu", weights_only=True)
+                for name, tensor in state.items():  # each of its numbers must be in the file, and none but once
+                    real = tensor.layout == torch.strided and tensor.device.type == "cpu" and isinstance(name, str)
+                    if not real or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                        raise TypeError(f"{name} is no plain tensor")
                 readers = {name: (tuple(state[name].shape), functools.partial(state.pop, name)) for name in state}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is damaged: {error}. Delete it and fetch it again") from error
@@ -171,7 +191,8 @@ def map_weights(found, model):
     weights = {}
     for name, (_, read) in tqdm(found.items(), desc="converting", unit=" tensors", delay=1, disable=None, leave=False):
         tensor = read()
-        require(tensor.is_floating_point() and tensor.isfinite().all(), f"{name} is {tensor.dtype}, or not finite")
+        known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        require(known and tensor.isfinite().all(), f"{name} is {tensor.dtype}, or not finite")
         tensor = tensor[:positions] if name == "wpe.weight" else tensor.T if name.endswith(TRANSPOSED) else tensor
         weights[f"transformer.{name}"] = tensor.contiguous().float()
     untied = head and not (head[0] == wanted["wte.weight"] and torch.equal(head[1]().float(), weights["transformer.wte.weight"]))
@@ -185,15 +206,15 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
     out = Path(out)
     require(out.resolve() != folder.resolve(), f"{out} holds the published files themselves: choose another --out")
     require(not out.exists() or out.is_dir(), f"{out} is a file: choose another --out")
-    config = read_config(read_json(fetch("config.json")), block_size)
-    tokenizer = read_tokenizer(fetch)
+    described = read_json(fetch("config.json"))
+    config, end = read_config(described, block_size), described.get("eos_token_id")
+    tokenizer = read_tokenizer(fetch, end if isinstance(end, list) else [end])
     require(tokenizer.vocab_size <= config.vocab_size, f"the vocabulary has {tokenizer.vocab_size:,} tokens, but the model only "
             f"{config.vocab_size:,} rows for them")  # fmt: skip
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
     weights = map_weights(open_weights(find_weights(fetch)), model)
-    commit = (folder / "commit").read_text() if (folder / "commit").exists() else ""
-    source = {"name": name, "folder": str(folder.resolve()), "commit": commit}
+    source = {"name": name, "revision": revision, "folder": str(folder.resolve())}
     save_checkpoint(out, model, tokenizer, weights, overwrite, source=source)
     for leftover in ("training_state.pt", "log.csv", "loss.png"):  # of the checkpoint that was overwritten
         (out / leftover).unlink(missing_ok=True)

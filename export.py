@@ -61,6 +61,9 @@ def to_hf(model, tokenizer, out):
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": rules}  # fmt: skip
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    for stale in ("*.index.json", "model-*.safetensors", "pytorch_model*.bin", "added_tokens.json", "special_tokens_map.json"):
+        for path in out.glob(stale):  # of what is overwritten
+            path.unlink()
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()} | {"n_ctx": config.block_size}
     files = {
@@ -74,7 +77,8 @@ def to_hf(model, tokenizer, out):
     }  # fmt: skip
     write(out / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules))
     for name, content in files.items():
-        content.pop("quantization_config", None)
+        for absent in ("quantization_config", "auto_map"):
+            content.pop(absent, None)
         write(out / name, json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2) + "\n")
 
 

@@ -7,9 +7,11 @@ everywhere in that ecosystem.
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -32,11 +34,41 @@ class Interrupted(Exception):
         self.pause = pause
 
 
-def etag_of(response):
-    """What the hub calls the file's content: sha256 for a large file, git's sha1 for a small one, or ""."""
-    hops = [*response.history, response]  # a large file is a redirect, and the hub's own answer has the hash
-    found = [hop.headers[key] for key in ("X-Linked-Etag", "ETag") for hop in hops if key in hop.headers]
-    return re.sub(r'^(W/)?"?|"$', "", found[0]) if found else ""
+def header(response, *names):
+    """The first of these headers that the hub, or whom it sends us to, has given; or ""."""
+    hops = [*response.history, response]  # a large file is a redirect, and the hub's own answer describes the file
+    return next((hop.headers[name] for name in names for hop in hops if name in hop.headers), "")
+
+
+def seconds_asked(response):
+    """How long a busy server asks to wait, in Retry-After (seconds or a date) or RateLimit (t=seconds); or None."""
+    asked = response.headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(asked) if asked[:1].isdigit() else parsedate_to_datetime(asked).timestamp() - time.time())
+    except (TypeError, ValueError):
+        limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+        return float(limit[1]) if limit else None
+
+
+@contextmanager
+def locked(folder):
+    """Hold the folder for this process alone; a crash lets go of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is downloading into {folder}: wait for it to end") from error
+        except ImportError:  # not on Windows
+            pass
+        yield
+
+
+def parts_of(path):
+    """What has been downloaded of a file, and not yet been found complete: at most one NAME.ETAG.part."""
+    return [part for part in path.parent.glob(f"{path.name}.*.part") if part.name.count(".") == path.name.count(".") + 2]
 
 
 def check_content(path, etag, size):
@@ -59,23 +91,21 @@ def check_content(path, etag, size):
 
 def attempt(session, url, path):
     """Download what is still missing of url -> the hub's commit; None where there is no such file."""
-    parts = sorted(path.parent.glob(f"{path.name}.*.part"))
+    parts = parts_of(path)
     have = parts[0].stat().st_size if parts else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, etag = response.status_code, etag_of(response)
+        status, etag = response.status_code, re.sub(r'^(W/)?"?|"$', "", header(response, "X-Linked-Etag", "ETag"))
         part = path.with_name(f"{path.name}.{re.sub('[^0-9a-zA-Z]', '', etag)[:64] or 'unknown'}.part")
         if status == 404:
             return None
-        require(status not in (401, 403), f"the answer for {url} is {status}: there is no such public model; check the name, "
-                "or set HF_TOKEN to a token that may read it")  # fmt: skip
+        said = f" ({said})" if (said := header(response, "X-Error-Message")) else ""
+        require(status not in (401, 403), f"the answer for {url} is {status}{said}: there is no such model, or it is not public. "
+                "Check the name, or set HF_TOKEN to a token that may read it")  # fmt: skip
         if status in (408, 429) or status >= 500:
-            asked = response.headers.get("Retry-After", "")
-            if asked and not asked.isdigit():
-                asked = max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
-            raise Interrupted(f"the server answered {status}", float(asked) if asked else None)
+            raise Interrupted(f"the server answered {status}", seconds_asked(response))
         resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if status == 416 or (status == 206 and not resumes) or (have and parts != [part]):  # nothing to go on from
+        if status == 416 or (status == 206 and not resumes) or (have and not (etag and parts == [part])):  # nothing to go on from
             for stale in parts:
                 stale.unlink()
             raise Interrupted("what was downloaded before does not fit any more", 0)
@@ -83,20 +113,22 @@ def attempt(session, url, path):
         require("text/html" not in response.headers.get("Content-Type", ""), f"a web page came in place of {path.name}: is a "
                 "proxy or a login page between this machine and the hub?")  # fmt: skip
         have = have if status == 206 else 0
-        sizes = [hop.headers["X-Linked-Size"] for hop in response.history if "X-Linked-Size" in hop.headers]
-        size = int(sizes[0]) if sizes else have + int(response.headers.get("Content-Length", -have))
+        size = int(header(response, "X-Linked-Size") or have + int(response.headers.get("Content-Length", -have)))
+        most = size or (2**26 if path.suffix in (".json", ".txt") else math.inf)
         bar = tqdm(total=size or None, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
         with bar, open(part, "ab" if have else "wb") as file:
             for block in response.iter_content(2**16):
                 file.write(block)
                 bar.update(len(block))
+                if file.tell() > most:
+                    break  # it is not the file, and need not be read to its end
             file.flush()
             os.fsync(file.fileno())
         check_content(part, etag, size)
         if path.suffix == ".json":
             read_json(part)
         os.replace(part, path)
-        return next((hop.headers[key] for hop in [*response.history, response] for key in ["X-Repo-Commit"] if key in hop.headers), "")
+        return header(response, "X-Repo-Commit")
 
 
 def download(session, url, path, by_hand):
@@ -114,7 +146,7 @@ def download(session, url, path, by_hand):
             reason, asked = "the connection broke" if broken else f"no connection to {urlsplit(url).netloc}", None
         except (requests.RequestException, ValueError) as error:
             raise InputError(f"{path.name}: {error}. You can also {by_hand}") from error
-        have = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}.*.part"))
+        have = sum(part.stat().st_size for part in parts_of(path))
         failures = failures + 1 if have <= most else 1  # what gets further than ever may go on failing
         most = max(most, have)
         pause = PAUSE * 2 ** (failures - 1) if asked is None else asked
@@ -140,21 +172,26 @@ def open_source(name, revision="main"):
                f"https://huggingface.co/{repository}/tree/{revision} in a folder FOLDER, and run python convert_gpt2.py FOLDER")  # fmt: skip
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # a compressed answer has neither the size nor the ranges of the file
-    if os.environ.get("HF_TOKEN"):
-        session.headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"  # requests keeps it from other hosts
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        require(re.fullmatch("[!-~]+", token), "HF_TOKEN has characters in it that no token has")
+        session.auth = lambda request: request.headers.update({"Authorization": f"Bearer {token}"}) or request  # other hosts
+        # are not shown it: requests drops this header where a redirect leads elsewhere
 
     def fetch(file):
-        if (folder / file).is_file():
-            return checked(folder / file)
-        folder.mkdir(parents=True, exist_ok=True)
-        pin = folder / "commit"  # all files come from one commit, though they be fetched on different days
-        at = pin.read_text() if pin.exists() else revision
-        commit = download(session, f"{endpoint}/{repository}/resolve/{quote(at, safe='')}/{file}", folder / file, by_hand)
-        if commit and not pin.exists():
-            gpt.write(pin, commit)
+        pin, absent = folder / "commit", folder / f"{file}.absent"
+        if (folder / file).is_file() or absent.exists():
+            return None if absent.exists() else checked(folder / file)
+        with locked(folder):  # all files come from one commit, though they be fetched on different days
+            at = quote(pin.read_text() if pin.exists() else revision, safe="")
+            commit = download(session, f"{endpoint}/{repository}/resolve/{at}/{file}", folder / file, by_hand)
+            if commit and not pin.exists():
+                gpt.write(pin, commit)
         require(commit is not None or file != "config.json", f"there is no {file} at {endpoint}/{repository} in revision "
                 f"{revision}: check the name, or {by_hand}")  # fmt: skip
-        return checked(folder / file) if commit is not None else None
+        if commit is None:
+            absent.touch()  # no need to ask again, with or without a network
+            return None
+        return checked(folder / file)
 
     return fetch, folder
 
@@ -171,7 +208,7 @@ def checked(path):
 def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     require(isinstance(found, dict), f"{path} holds no JSON object")
     return found

@@ -17,12 +17,14 @@ import gpt
 
 @contextmanager
 def holding(thing, name, value):
-    before = getattr(thing, name)
+    before, own = getattr(thing, name), name in vars(thing)
     setattr(thing, name, value)
     try:
         yield
     finally:
         setattr(thing, name, before)
+        if not own and name in vars(thing):
+            delattr(thing, name)  # it was the class's
 
 
 def untransposed(part):

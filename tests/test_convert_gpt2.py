@@ -201,6 +201,18 @@ BROKEN = {
     "nameless": (lambda folder: edit(folder, model_type=None), "config.json has no model_type"),
     "no width": (lambda folder: edit(folder, n_embd=None), "config.json lacks n_embd"),
     "wrong type": (lambda folder: edit(folder, n_embd="16"), "n_embd is '16', expected 1 to"),
+    "code of its own": (lambda folder: edit(folder, auto_map={"AutoModel": "model.Model"}), "its auto_map is"),
+    "no number for the width": (lambda folder: edit(folder, n_embd=[16], n_inner=64), "its n_inner is 64"),
+    "endless nesting": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not JSON"),
+    "an index of nothing": (
+        lambda folder: ((folder / "model.safetensors").unlink(),
+                        (folder / "model.safetensors.index.json").write_text('{"weight_map": null}')),
+        "does not name the files beside it",
+    ),
+    "numbers that are none": (
+        lambda folder: (folder / "vocab.json").write_text((folder / "vocab.json").read_text().replace(" 7,", " 7.0,")),
+        "the vocabulary is not GPT-2's: the number of .* is none",
+    ),
     "terabytes": (lambda folder: edit(folder, n_embd=2**16, n_layer=99), "the weights do not fit config.json: .* more"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("<html>"), "config.json is a web page"),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is damaged.*fetch it again"),
@@ -232,6 +244,19 @@ def test_what_is_not_gpt2_is_refused_by_name_and_nothing_is_written(tmp_path, ca
         convert_gpt2.main([str(tmp_path / "hf"), "--out", "ours"])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(1).expand(257, 16), torch.ones(257, 16).to_sparse(), torch.ones(257, 16, device="meta"), torch.ones(257, 16).to(torch.float8_e5m2), 7],
+    ids=["stride 0", "sparse", "meta", "float8", "a number"],
+)  # fmt: skip
+def test_a_pickle_with_other_than_plain_tensors_is_refused(tmp_path, tensor):
+    reference = published(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(reference.state_dict() | {"transformer.wte.weight": tensor}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(gpt.InputError, match="is not a file of tensors alone|is torch.float8_e5m2"):
+        convert_gpt2.convert("hf", "ours")
 
 
 class Payload:
@@ -266,11 +291,10 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path, shard):
 
 def trained_by_tokenizers(folder, specials, vocab_size=400):
     """A byte-level vocabulary learned by the tokenizers library, in vocab.json and merges.txt -> the library's encoder."""
-    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
+    from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([PROSE], vocab_size=vocab_size, special_tokens=specials, min_frequency=1)
-    assert pre_tokenizers.ByteLevel.alphabet()
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         (folder / name).unlink(missing_ok=True)
     tokenizer.save_model(str(folder))
@@ -342,7 +366,39 @@ def test_gpt2s_published_vocabulary_is_recognised(tmp_path, gpt2_vocabulary):
 VOCABULARIES = {
     "several special tokens in front": ["<s>", "<pad>", "</s>"],
     "none at all": [],
+    "padding in front": ["<pad>"],
 }
+
+
+def test_an_end_of_text_of_another_name_is_taken_on_the_configs_word(tmp_path):
+    published(tmp_path / "hf", vocab_size=400)
+    trained_by_tokenizers(tmp_path / "hf", ["</s>"])
+    edit(tmp_path / "hf", eos_token_id=1)
+    with pytest.raises(gpt.InputError, match="number 0, where the end of text should be, is '</s>'"):
+        converted(tmp_path / "hf")
+    edit(tmp_path / "hf", eos_token_id=0)
+    converted(tmp_path / "hf")
+    assert gpt.load_checkpoint("ours")[1].eot == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+    ],
+    ids=str,
+)
+def test_text_that_is_split_or_changed_in_another_way_is_refused(tmp_path, change):
+    published(tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(gpt.InputError, match="its text is changed or split in another way|the vocabulary is not GPT-2's"):
+        converted(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("case", VOCABULARIES)

@@ -42,8 +42,10 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         place = self.path.strip("/").split("/")
         self.server.seen.append((self.path, dict(self.headers)))
-        if place[0] == "old-name":  # a repository that was renamed
-            return self.reply(307, {"Location": self.path.replace("/old-name", "/owner/name", 1)})
+        if place[0] == "old":  # a repository that was renamed
+            return self.reply(307, {"Location": self.path.replace("/old/gpt2", "/owner/name", 1)})
+        if self.headers["Accept-Encoding"] != "identity":
+            return self.reply(500)  # a compressed answer would have neither the size nor the ranges of the file
         body = self.server.files.get(place[-1])
         if place[:2] == ["owner", "name"]:
             if place[2:4] not in (["resolve", "main"], ["resolve", COMMIT]) or body is None:
@@ -131,16 +133,62 @@ def test_every_file_comes_from_the_commit_of_the_first(server):
 
 
 def test_a_renamed_repository_is_followed(server, monkeypatch):
-    monkeypatch.setitem(hub.NAMES, "gpt2", "old-name/gpt2")
-    monkeypatch.setattr(server, "files", FILES)
+    monkeypatch.setitem(hub.NAMES, "gpt2", "old/gpt2")
     fetch, _ = hub.open_source("gpt2")
-    with pytest.raises(gpt.InputError):
-        fetch("config.json")  # /owner/name/gpt2/... is no place of this server: the redirect was followed
-    assert [path.split("/")[1] for path, _ in server.seen] == ["old-name", "owner"]
+    for name, content in FILES.items():
+        assert fetch(name).read_bytes() == content
 
 
-def test_the_token_goes_to_the_hub_and_to_nobody_else(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+def test_a_revision_is_asked_for_and_kept_apart(server):
+    server.files = {name: content + b" " for name, content in FILES.items()}
+    _, main = hub.open_source("owner/name")
+    fetch, folder = hub.open_source("owner/name", "refs/pr/1")
+    with pytest.raises(gpt.InputError, match="no config.json .* in revision refs/pr/1"):
+        fetch("config.json")  # this server has main only
+    assert "/resolve/refs%2Fpr%2F1/config.json" in server.seen[0][0] and folder != main
+
+
+def test_what_is_not_there_is_not_asked_for_again(server):
+    assert hub.open_source("owner/name")[0]("vocab.json") is None
+    requests = len(server.seen)
+    assert hub.open_source("owner/name")[0]("vocab.json") is None and len(server.seen) == requests
+
+
+def test_a_second_download_of_the_same_model_is_refused_while_the_first_goes_on(server):
+    fetch, folder = hub.open_source("owner/name")
+    with hub.locked(folder), pytest.raises(gpt.InputError, match="another process is downloading"):
+        fetch("config.json")
+    assert fetch("config.json").read_bytes() == FILES["config.json"]
+
+
+def test_an_index_and_its_file_do_not_share_what_is_downloaded_of_them(server):
+    fetch, folder = hub.open_source("owner/name")
+    folder.mkdir(parents=True)
+    other = folder / f"model.safetensors.index.json.{'0' * 40}.part"
+    other.write_bytes(b"{" * 1000)
+    assert fetch("model.safetensors").read_bytes() == LARGE and other.exists()
+    assert "Range" not in server.seen[-1][1]
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [({"Retry-After": "1.5"}, 1.5), ({"Retry-After": "-1"}, None), ({}, None),
+                         ({"RateLimit": '"resolvers";r=0;t=7'}, 7), ({"Retry-After": "soon"}, None)], ids=str)  # fmt: skip
+def test_the_wait_that_a_server_asks_for(headers, seconds):
+    assert hub.seconds_asked(type("Response", (), {"headers": headers})) == seconds
+
+
+@pytest.mark.parametrize("token", ["hf_se cret", "hf_\u00e9"])
+def test_a_token_that_is_none_is_not_printed(token, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(gpt.InputError) as error:
+        hub.open_source("owner/name")
+    assert token not in str(error.value)
+
+
+def test_the_token_goes_to_the_hub_and_to_nobody_else(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password other\n")
+    monkeypatch.setenv("NETRC", str(netrc))
     fetch, _ = hub.open_source("owner/name")
     fetch("model.safetensors")
     tokens = {path.split("/")[1]: headers.get("Authorization") for path, headers in server.seen}
@@ -227,8 +275,8 @@ def test_a_part_longer_than_the_file_is_begun_anew(server):
         ([500] * 9, "the server answered 500"),
         (["429 a day"], "the server answered 429"),
         (["stall"] * 9, "the connection broke|no answer for 0.5 s"),
-        ([401], "no such public model.*HF_TOKEN"),
-        ([403], "no such public model.*HF_TOKEN"),
+        ([401], "there is no such model, or it is not public.*HF_TOKEN"),
+        ([403], "there is no such model, or it is not public.*HF_TOKEN"),
         ([400], "the answer for .* is 400"),
         (["html"], "a web page came in place of"),
     ],

@@ -51,7 +51,8 @@ def test_a_converted_model_is_proven_equal(both, capsys):
         assert row["relative_error"] < 1e-5 and row["top1"] == 1
         assert row["loss"] == row["reference_loss"] or abs(row["loss"] - row["reference_loss"]) < 1e-5
     assert (greedy["same"], greedy["tokens"]) == (200, 200)
-    assert verdict == {"equal": True, "worst": max(row["relative_error"] for row in rows), "parts_at": None, "parts_by": 0.0}
+    assert verdict == {"equal": True, "worst": max(row["relative_error"] for row in rows), "same_tokens": True,
+                       "parts_at": None, "parts_by": 0.0}  # fmt: skip
 
 
 def test_figures_are_those_of_an_independent_computation(both, capsys):
@@ -119,6 +120,22 @@ def test_the_files_are_found_from_every_folder(both, tmp_path, monkeypatch, caps
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert verify("../checkpoints/ours", "--new_tokens", "5") == 1
+
+
+def test_another_vocabulary_is_found_out(both, tmp_path, capsys):
+    path = tmp_path / "checkpoints" / "ours" / "tokenizer.tiktoken"
+    lines = path.read_text().splitlines()
+    lines[97], lines[98] = (f"{a.split()[0]} {b.split()[1]}" for a, b in ((lines[97], lines[98]), (lines[98], lines[97])))
+    path.write_text("\n".join(lines) + "\n")
+    assert verify("ours", "--new_tokens", "5") == 1
+    verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert verdict["same_tokens"] is False and verdict["worst"] < 1e-5
+
+
+def test_a_folder_that_asks_for_less_repetition_is_compared_without_it(both, capsys):
+    path = both / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2}))
+    assert verify("ours") == 0
 
 
 def test_a_nan_is_not_equal_to_anything(both, tmp_path, capsys):
