@@ -1011,7 +1011,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         prompt, generator = val_data.batch([0])[0][:, :16], torch.Generator(device).manual_seed(config.seed)
         options = {"temperature": 0.8, "top_p": 0.9, "eot": tokenizer.eot, "generator": generator}
         ids = model.generate(prompt.to(device), 48, **options)[0, prompt.shape[1] :].tolist()
-        made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot, ids))
+        made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot and i < tokenizer.vocab_size, ids))
         say(f"step {step:,}: " + (f"training loss {row['train_loss']:.4f}, " if losses else "") + f"validation loss {loss:.4f} "
             f"(perplexity {figures['perplexity']:.2f}), {figures['bits_per_byte']:.4f} bits per byte\n"
             f"  the model continues {tokenizer.decode(prompt[0].tolist())!r} with {made!r}")  # fmt: skip

@@ -77,6 +77,7 @@ class Speaker:
     def text(self, ids):
         """Pieces of text from an iterable of token numbers, up to the end of text or a stop string."""
         ids = itertools.takewhile(lambda i: i != self.tokenizer.eot, ids)
+        ids = (i for i in ids if i < self.tokenizer.vocab_size)  # a padded embedding has rows that stand for no token
         return until(self.args.stop, self.tokenizer.stream(ids))
 
     def speak(self, prompt):

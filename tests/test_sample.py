@@ -235,6 +235,13 @@ def test_a_reader_who_leaves_early_is_no_error(checkpoints):
     assert len(done.stdout) == 20 and done.stderr == b""
 
 
+def test_rows_that_no_token_has_say_nothing(small, capsys):
+    model = gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=2000, n_layer=1, n_head=1, n_embd=8))
+    gpt.save_checkpoint("padded", model, gpt.Tokenizer.bytes())
+    sample.main(["--model", "padded", "--prompt", "a", "--max_new_tokens", "40", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["text"]) < 30
+
+
 def test_a_prompt_from_the_shell_works_end_to_end(checkpoints):
     done = script("sample.py", "--model", "second", "--prompt", "The fox", "--max_new_tokens", "10")
     assert done.returncode == 0 and done.stdout.startswith("The fox") and done.stderr == ""
