@@ -169,7 +169,8 @@ def open_source(name, revision="main"):
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     folder = gpt.CACHE / "hub" / f"{repository.replace('/', '--')}@{quote(revision, safe='')}"
     by_hand = ("save config.json, vocab.json, merges.txt and model.safetensors from "
-               f"https://huggingface.co/{repository}/tree/{revision} in a folder FOLDER, and run python convert_gpt2.py FOLDER")  # fmt: skip
+               f"https://huggingface.co/{repository}/tree/{revision} in a folder FOLDER, and run python convert_gpt2.py FOLDER --out "
+               f"checkpoints/{Path(name).name}")  # fmt: skip
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # a compressed answer has neither the size nor the ranges of the file
     if token := os.environ.get("HF_TOKEN", "").strip():
