@@ -111,6 +111,7 @@ class TrainConfig:
     beta2: float = flag(0.99, "memory of AdamW's squared gradients", 0, 0.999999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 means no limit")
     eval_interval: int = flag(100, "steps from one validation, which saves a checkpoint, to the next", 1)
+    patience: int = flag(0, "validations without a new best after which training ends; 0 means never")
     seed: int = flag(1337, "the same seed on the same machine gives the same weights", 0, 2**32)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
     dtype: str = flag("auto", "of matrix products; auto is bfloat16 where native", choices=("auto", "float32", "bfloat16"))
@@ -489,7 +490,7 @@ def attention(q, k, v, dropout=None, fused=None):
     S = k.shape[2]
     p = dropout.p if dropout and dropout.training else 0.0
     if fused is None:
-        fused = q.device.type != "cpu" or not torch.is_grad_enabled() or (T >= 1024 and p == 0)
+        fused = q.device.type != "cpu" or (p == 0 and (T >= 1024 or not q.requires_grad))
     if fused:  # its own causal mask starts in the top left corner, which is right only for T = S
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=T == S)
@@ -700,7 +701,7 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **f
     refuse_existing(folder, overwrite)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(model.named_parameters()) | (weights or {})  # the tied head is among them once, as the embedding
+    tensors = weights or dict(model.named_parameters())  # the tied head is among them once, as the embedding
     with replacing(folder / "model.safetensors") as part:
         save_file({name: p.detach().cpu().contiguous() for name, p in tensors.items()}, part, {"format": "pt"})
     write(folder / "tokenizer.tiktoken", tokenizer.dumps())
@@ -764,14 +765,15 @@ def plot(rows, path):
         figure.savefig(part, dpi=120, format="png")
 
 
-def save_run(run, model, tokenizer, config):
+def save_run(run, model, tokenizer, config, publish):
     """Write the whole folder. training_state.pt is the commit point: it holds what all other files are made from."""
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "training_state.pt") as part:
         torch.save(run, part)
     facts = {"step": run["best"]["step"], "validation": run["best"], "training": dataclasses.asdict(config)}
-    save_checkpoint(folder, model, tokenizer, run["best_weights"], overwrite=True, **facts)
+    facts |= {"base": run["base"]} if "base" in run else {}
+    save_checkpoint(folder, model, tokenizer, publish(run["best_weights"]), overwrite=True, **facts)
     lines = [run["rows"][0].keys(), *(row.values() for row in run["rows"])]
     write(folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
     plot(run["rows"], folder / "loss.png")
@@ -875,6 +877,14 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def join_processes(device):
+    """Where torchrun has started several processes, make this one of them -> its device."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+
+
 def say(text):
     if world()[0] == 0:
         tqdm.write(text, file=sys.stderr)
@@ -956,22 +966,24 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(option, value)  # M_MMAP_THRESHOLD, M_ARENA_MAX
 
 
-def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=False, **facts):
+def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=False, publish=None, **facts):
     """Train what requires a gradient and write the checkpoint config.out; returns the rows of its log.csv.
 
-    run, from load_run, goes on as if it had never stopped; the facts are kept in it. Raises FloatingPointError at a
-    loss or gradient that is not finite, and SystemExit after Ctrl-C or SIGTERM, when all is saved.
+    run, from load_run, goes on as if it had never stopped; the facts are kept in it. publish makes the weights of an
+    ordinary checkpoint out of those that are trained. Raises FloatingPointError at a loss or gradient that is not
+    finite, and SystemExit after Ctrl-C or SIGTERM, when all is saved.
     """
     (rank, processes), device = world(), next(model.parameters()).device
     require(config.batch_size % processes == 0, f"batch_size {config.batch_size} cannot be shared among {processes} processes")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers, dtype = make_optimizers(model, config), resolve_dtype(config.dtype, device)
+    publish = publish or (lambda weights: dict(model.named_parameters()) | weights)
     if run:
         model.load_state_dict(run["weights"], strict=False)
         for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if rank == 0:
-            save_run(run, model, tokenizer, config)  # mends what a crash may have left undone
+            save_run(run, model, tokenizer, config, publish)  # mends what a crash may have left undone
     else:
         refuse_existing(config.out, overwrite)
         run = {"step": 0, "seconds": 0.0, "losses": [], "rows": [], "best": {"loss": math.inf}, "best_weights": {}, **facts}
@@ -995,7 +1007,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
         run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind]
         if rank == 0:
-            save_run(run, model, tokenizer, config)
+            save_run(run, model, tokenizer, config, publish)
 
     def validate():
         figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
@@ -1027,7 +1039,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             due = step % config.eval_interval == 0 or step == config.max_steps
             if due and (not run["rows"] or run["rows"][-1]["step"] < step):
                 validate()
-            if step >= config.max_steps:
+            in_vain = sum(row["step"] > run["best"]["step"] for row in run["rows"])
+            if step >= config.max_steps or 0 < config.patience <= in_vain:
                 return run["rows"]
             stop = torch.tensor(max(signals, default=0), device=device)
             if processes > 1:  # all of them stop at the same step
@@ -1035,7 +1048,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             if stop:
                 save()
                 say(f"stopped and saved at step {step:,} (model.safetensors is of step {run['best']['step']:,}, the best "
-                    f"validation); go on with: python gpt.py --resume --out {config.out}")  # fmt: skip
+                    f"validation); go on with: python {Path(sys.argv[0]).name} --resume --out {config.out}")  # fmt: skip
                 raise SystemExit(128 + int(stop))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
             loss = check(gradients(runner, train_data, step, config, dtype), "loss")
@@ -1111,7 +1124,8 @@ def add_flags(parser, *configs):
         parser.add_argument(f"--{field.name}", **options)
 
 
-CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "device", "dtype", "compile"}
+CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "patience", "device", "dtype",
+              "compile"}  # fmt: skip
 
 
 @command
@@ -1128,14 +1142,12 @@ def main(argv=None):
     if resume:
         require(preset is None and not overwrite, "--resume goes with neither --preset nor --overwrite")
         run = load_run(given.setdefault("out", TrainConfig.out))
+        require("base" not in run, f"{given['out']} was adapted: go on with python finetune.py --resume --out {given['out']}")
         changed = sorted(key for key in given.keys() - CHANGEABLE if given[key] != run["config"][key])
         require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
         values = run["config"] | given
     shape, config = from_flags(GPTConfig, values), from_flags(TrainConfig, values)
-    device = resolve_device(config.device)
-    if "LOCAL_RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    device = join_processes(resolve_device(config.device))
     if not resume:
         refuse_existing(config.out, overwrite)
     vocabulary = Tokenizer.loads(*run["tokenizer"]) if resume else config.tokenizer

@@ -4,6 +4,7 @@
     python sample.py --model scratch mine --prompt "Once" --temperature 0.8 --top_p 0.9
     echo "Once upon" | python sample.py --model mine        a prompt from another program
     python sample.py --model mine                           a conversation of prompts and continuations
+    python sample.py --model gpt2 --adapter my-adapter      a base with the adapter that finetune.py has saved
 
 Generated text goes to stdout, remarks to stderr. A base model continues a text; it has not been taught to answer.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 def add_arguments(parser):
     add = parser.add_argument
     add("--model", nargs="+", default=["scratch"], help="checkpoint folders, or names under checkpoints/ (default: scratch)")
+    add("--adapter", help="a folder with a LoRA adapter, ours or PEFT's, to put on the model")
     add("--prompt", help="the text to continue; without it: --prompt_file, or stdin, or a dialogue in a terminal")
     add("--prompt_file", help="a UTF-8 file with the text to continue")
     add("--max_new_tokens", type=int, default=200, help="how many tokens to add at most (default: 200)")
@@ -61,6 +63,10 @@ class Speaker:
         self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
         self.device = gpt.resolve_device(args.device)
         self.model, self.tokenizer = gpt.load_checkpoint(gpt.find_checkpoint(name))
+        if args.adapter:
+            import lora
+
+            lora.load_adapter(self.model, args.adapter)
         self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
@@ -160,6 +166,7 @@ def run(argv):
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
     require(all(args.stop), "--stop is empty: give the text to stop at")
     require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
+    require(args.adapter is None or len(args.model) == 1, "--adapter belongs to one model: name only that by --model")
     require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file exclude each other")
     speakers = [Speaker(name, args) for name in args.model]
     if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():

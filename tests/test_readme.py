@@ -67,6 +67,20 @@ def test_the_table_of_mistakes_names_them_all():
     assert rows == list(mistakes.MISTAKES)
 
 
+def test_the_shares_that_each_method_trains_are_those_of_the_table():
+    import finetune
+
+    for preset, pattern in (("gpt2", r"^\| `{}` \| .* \| ([\d,]+)( beside them)? \|$"), ("tiny", r"^\| `{}` \| ([\d.]+)% \|")):
+        for method in finetune.METHODS:
+            with torch.device("meta"):
+                model = GPT(GPTConfig.preset(preset))
+                total = sum(p.numel() for p in model.parameters())
+                finetune.choose(model, finetune.FinetuneConfig(data=["-"], method=method))
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            shown = regex.search(pattern.format(regex.escape(method)), README, regex.MULTILINE)[1]
+            assert shown == f"{count:,}" if preset == "gpt2" else float(shown) == pytest.approx(100 * count / total, rel=0.05)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_loss_in_the_proof_is_that_of_the_command():
