@@ -182,9 +182,8 @@ def describe(model, data, config, dtype):
         say(f"  {kind:<24} {len(group):>3} x {tuple(group[0].shape)!s:<14} {sum(p.numel() for p in group):>13,}")
     say(f"  {trained:,} of {total:,} values are trained, {trained / total:.3%}")
     state = 8 if config.optimizer == "adamw" else 4
-    say(f"  memory: weights {4 * total / 1e6:,.0f} MB, gradients {4 * trained / 1e6:,.0f} MB, optimizer {state * trained / 1e6:,.0f} MB, "
-        f"activations {kept(model, data, config, dtype) / 1e6:,.0f} MB")  # fmt: skip
-    return trained
+    sizes = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": state * trained, "activations": kept(model, data, config, dtype)}
+    say("  memory: " + ", ".join(f"{what} {size / 1e6:,.1f} MB" for what, size in sizes.items()))
 
 
 def load_data(config, tokenizer, block_size):
