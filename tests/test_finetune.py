@@ -134,6 +134,7 @@ def test_lora_begins_as_the_base_bit_for_bit(base):
     idx = torch.arange(16)[None]
     before = base(idx)[0]
     lora.adapt(base, lora.TARGETS, rank=4, alpha=32, dropout=0.5)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in base.named_parameters())
     assert torch.equal(base.eval()(idx)[0], before)
 
 
@@ -232,8 +233,19 @@ def test_training_lora_ends_where_peft_ends(base):
     assert rows[-1]["val_loss"] == pytest.approx(loss, rel=1e-4) and loss < rows[0]["val_loss"] - 0.1
 
 
-def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base):
-    tune("--method", "lora", "--out", "tuned", "--save_adapter", "adapter", "--dtype", "float32")
+def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypatch):
+    original = gpt.gradients
+
+    def uphill(model, data, step, config, dtype):
+        loss = original(model, data, step, config, dtype)
+        for p in model.parameters():
+            if p.grad is not None and step >= 4:
+                p.grad *= -1
+        return loss
+
+    monkeypatch.setattr(gpt, "gradients", uphill)
+    tune("--out", "tuned", "--save_adapter", "adapter", "--dtype", "float32", "--max_steps", 16, "--beta2", 0.5)
+    assert gpt.load_run("tuned")["best"]["step"] < 16
     ours = lora.load_adapter(gpt.load_checkpoint("checkpoints/scratch")[0], "adapter")
     merged, _ = gpt.load_checkpoint("tuned")
     idx = torch.arange(16)[None]
