@@ -101,7 +101,8 @@ def read_jsonl(path):
                 keys = example.keys() & {"text", "prompt", "completion"}
                 require(keys in ({"text"}, {"prompt", "completion"}), "expected text, or prompt and completion")
                 require(all(isinstance(example[key], str) for key in keys), "expected strings")
-            except (ValueError, AttributeError) as error:
+                "".join(example[key] for key in keys).encode()  # a lone surrogate is valid JSON, and no text
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {error}") from error
             yield example.get("prompt"), example["text" if "text" in keys else "completion"]
 
@@ -231,7 +232,7 @@ def main(argv=None):
     require(base.resolve() != Path(config.out).resolve(), f"--out {config.out} is the base itself: choose another folder")
     if not resume:
         gpt.refuse_existing(config.out, overwrite)
-        kept_adapter = overwrite or not (Path(config.save_adapter) / "adapter_config.json").exists()
+        kept_adapter = overwrite or not any(Path(config.save_adapter).glob("adapter_*"))
         require(not config.save_adapter or kept_adapter, f"{config.save_adapter} already holds an adapter: add --overwrite, or choose "
                 "another folder")  # fmt: skip
     device = gpt.join_processes(gpt.resolve_device(config.device))

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -387,15 +388,17 @@ LINES = {
     "{text}": "Expecting property name",
     '{"text": "a"': "Expecting ',' delimiter",
     "\udcff": "can't decode byte 0xff",
+    '{"text": "\\ud800a"}': "surrogates not allowed",
+    "[" * 100_000: "recursion",
 }
 
 
-@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
-def test_a_malformed_line_is_named_by_its_number(base, line, capsys):
+@pytest.mark.parametrize(("line", "message"), LINES.items(), ids=range(len(LINES)))
+def test_a_malformed_line_is_named_by_its_number(base, line, message, capsys):
     Path("d.jsonl").write_bytes(b'{"text": "sound"}\n\n' + line.encode(errors="surrogateescape") + b"\n")
     tune(data="d.jsonl", expect=2)
     error = capsys.readouterr().err
-    assert error.startswith("error: d.jsonl, line 3: ") and error.count("\n") == 1
+    assert error.startswith("error: d.jsonl, line 3: ") and error.count("\n") == 1 and re.search(message, error)
 
 
 BAD = {
