@@ -2,8 +2,8 @@
 
     python bench.py finetune                      steps per second and peak memory of adapting GPT-2 (124M, random weights)
 
-Each workload runs in a process of its own, several times in turn with the others; the best time of each counts. Memory is
-the peak beyond what the process held with all libraries loaded.
+Each workload runs in a process of its own, several times in turn with the others. Of the medians over its steps the lowest
+counts, of its peaks in memory, beyond what the process held with all libraries loaded, the highest.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import gpt
-from gpt import GPT, GPTConfig, command, require, say
+from gpt import GPT, GPTConfig, InputError, command, require, say
 
 
 def resident(peak=False):
@@ -41,7 +41,6 @@ def tune_ours(method, blocks=2):
     optimizers, dtype = gpt.make_optimizers(model, config), gpt.resolve_dtype("auto", torch.device("cpu"))
     data = gpt.TokenDataset(np.random.default_rng(0).integers(50257, size=10_000), 128)
     model.train()
-    gpt.keep_freed_memory()
 
     def step(number):
         gpt.gradients(model, data, number, config, dtype)
@@ -87,8 +86,11 @@ PARTS = {
 
 def work(part, name, steps):
     """Run one workload, and print its figures as JSON."""
-    import transformers  # noqa: F401 (loaded for all, so that memory compares)
-
+    try:
+        import transformers  # noqa: F401 (loaded for all, so that memory compares)
+    except ImportError as error:
+        raise InputError(f"the peers to compare with are not installed ({error}): pip install -r requirements-dev.txt") from error
+    gpt.keep_freed_memory()  # for all, the peers too
     before = resident()
     step = PARTS[part][name]()
     step(0)
@@ -120,10 +122,11 @@ def main(argv=None):
             say(f"round {turn + 1} of {args.rounds}: {name}")
             script = [sys.executable, __file__, args.part, "--only", name, "--steps", str(args.steps)]
             done = subprocess.run(script, capture_output=True, text=True, check=False)
-            require(done.returncode == 0, f"{name}: {done.stderr.strip()[-500:]}")
+            require(done.returncode == 0, f"{name}: {done.stderr.strip().removeprefix('error: ')[-500:]}")
             found = json.loads(done.stdout)
-            if name not in results or found["seconds"] < results[name]["seconds"]:
-                results[name] = found
+            found["memory"] = max(filter(None, (found["memory"], results.get(name, found)["memory"])), default=None)
+            found["seconds"] = min(found["seconds"], results.get(name, found)["seconds"])
+            results[name] = found
     peer = next(iter(results.values()))["seconds"]
     if not args.json:
         print(f"{args.part:<30} {'steps/s':>8} {'ratio':>7} {'peak memory':>12}")

@@ -10,13 +10,11 @@ written for x @ W with W (in, out), and nn.Linear computes x @ W.T with W (out, 
 forgotten transpose shows as a wrong shape, except in attn.c_proj, which is square: there only the result is wrong.
 """
 
-import ctypes
 import dataclasses
 import functools
 import hashlib
 import math
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -220,12 +218,6 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
         (out / leftover).unlink(missing_ok=True)
 
 
-def return_freed_memory():
-    """Let glibc give back what is freed; else it keeps half of the tensors that were read, beside those that were made."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-
-
 @command
 def main(argv=None):
     parser = gpt.Parser(prog="convert_gpt2.py", description="GPT-2's published weights -> a checkpoint of ours.")
@@ -237,7 +229,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path("checkpoints", Path(args.name).resolve().name))
     gpt.refuse_existing(out, args.overwrite)
-    return_freed_memory()
+    gpt.mallopt((-3, 2**20))  # M_MMAP_THRESHOLD: give back what is freed, or half of what was read stays beside what is made
     convert(args.name, out, args.block_size, args.revision, args.overwrite)
     model, tokenizer = load_checkpoint(out)
     config = model.config
@@ -250,7 +242,7 @@ def main(argv=None):
           f"token, where guessing has ln {config.vocab_size} = {guess:.2f}")  # fmt: skip
     if loss > guess:
         say("that is no better than guessing: these weights are untrained, or not what config.json says")
-    shown = out.name if out == Path("checkpoints", out.name) else out
+    shown = gpt.short_name(out)
     say(f'try: python sample.py --model {shown} --prompt "Learning is"\nproof: python verify_gpt2.py {shown}')
 
 

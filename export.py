@@ -64,6 +64,7 @@ def to_hf(model, tokenizer, out):
     for stale in ("*.index.json", "model-*.safetensors", "pytorch_model*.bin", "added_tokens.json", "special_tokens_map.json"):
         for path in out.glob(stale):  # of what is overwritten
             path.unlink()
+    same = {key: value for key, value in SAME.items() if key not in ("quantization_config", "auto_map")}
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()} | {"n_ctx": config.block_size}
     files = {
@@ -73,12 +74,10 @@ def to_hf(model, tokenizer, out):
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
                                   "bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False},
         "generation_config.json": ends | {"_from_model_config": True},
-        "config.json": {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"} | SAME | shape | dropouts | ends,
+        "config.json": {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"} | same | shape | dropouts | ends,
     }  # fmt: skip
     write(out / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules))
     for name, content in files.items():
-        for absent in ("quantization_config", "auto_map"):
-            content.pop(absent, None)
         write(out / name, json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2) + "\n")
 
 

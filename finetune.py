@@ -98,11 +98,12 @@ def read_jsonl(path):
                 if not line.strip():
                     continue
                 example = json.loads(line.decode("utf-8"))
+                require(isinstance(example, dict), 'expected {"text": ...}, or {"prompt": ..., "completion": ...}')
                 keys = example.keys() & {"text", "prompt", "completion"}
                 require(keys in ({"text"}, {"prompt", "completion"}), "expected text, or prompt and completion")
                 require(all(isinstance(example[key], str) for key in keys), "expected strings")
                 "".join(example[key] for key in keys).encode()  # a lone surrogate is valid JSON, and no text
-            except (ValueError, AttributeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {error}") from error
             yield example.get("prompt"), example["text" if "text" in keys else "completion"]
 
@@ -112,9 +113,9 @@ def documents(paths, tokenizer, block_size, val_bytes):
     pairs = [pair for path in paths for pair in read_jsonl(path)]
     sizes = [len(completion.encode()) for _, completion in pairs]
     require(len(pairs) >= 2, f"{' '.join(map(str, paths))}: {len(pairs)} examples are too few to train on some and validate on others")
-    cut = len(pairs)
-    while cut > 1 and (cut == len(pairs) or (len(pairs) - cut < len(pairs) // 10 and sum(sizes[cut - 1 :]) <= val_bytes)):
-        cut -= 1
+    cut, held_out = len(pairs) - 1, sizes[-1]
+    while len(pairs) - cut < len(pairs) // 10 and held_out + sizes[cut - 1] <= val_bytes:
+        cut, held_out = cut - 1, held_out + sizes[cut - 1]
     splits, shortened = ([], []), 0
     for i, (prompt, completion) in enumerate(pairs):
         before = tokenizer.encode(prompt or "") or [tokenizer.eot]
@@ -187,17 +188,15 @@ def describe(model, data, config, dtype):
     say("  memory: " + ", ".join(f"{what} {size / 1e6:,.1f} MB" for what, size in sizes.items()))
 
 
-def load_data(config, tokenizer, block_size):
+def load_data(names, tokenizer, block_size, config):
     """-> training data, validation data, fingerprint of the text."""
-    if any(name.endswith(".jsonl") for name in config.data):
-        require(all(name.endswith(".jsonl") for name in config.data), "--data mixes .jsonl with other texts: give one kind")
-        missing = [name for name in config.data if not Path(name).is_file()]
+    if any(name.endswith(".jsonl") for name in names):
+        require(all(name.endswith(".jsonl") for name in names), f"{' '.join(names)} mixes .jsonl with other texts: give one kind")
+        missing = [name for name in names if not Path(name).is_file()]
         require(not missing, f"there is no file {', '.join(missing)}")
-        return documents(config.data, tokenizer, block_size, config.val_bytes)
-    _, train_tokens, val_tokens, text = gpt.prepare(config.data, tokenizer, val_bytes=config.val_bytes)
-    require(len(train_tokens) > block_size, f"{len(train_tokens)} tokens are shorter than a window of {block_size} + 1: give more text "
-            "or a smaller --block_size")  # fmt: skip
-    return TokenDataset(train_tokens, block_size, config.stride or max(1, block_size // 4)), TokenDataset(val_tokens, block_size), text
+        return documents(names, tokenizer, block_size, config.val_bytes)
+    _, train_tokens, val_tokens, text = gpt.prepare(names, tokenizer, val_bytes=config.val_bytes)
+    return gpt.training_windows(train_tokens, block_size, config.stride), TokenDataset(val_tokens, block_size), text
 
 
 def report(rows, config, tokenizer, device, dtype, old, before):
@@ -208,8 +207,7 @@ def report(rows, config, tokenizer, device, dtype, old, before):
     if old:
         after = gpt.evaluate(load_checkpoint(config.out)[0].to(device), old, tokenizer, config.batch_size, dtype)
         print(f"{' '.join(config.also_eval)}: {before['bits_per_byte']:.4f} bits per byte before, {after['bits_per_byte']:.4f} after")
-    name = Path(config.out).name
-    say(f"try: python sample.py --model {config.model} {name if Path(config.out) == Path('checkpoints', name) else config.out}")
+    say(f"try: python sample.py --model {config.model} {gpt.short_name(config.out)}")
 
 
 @command
@@ -222,19 +220,15 @@ def main(argv=None):
     resume, overwrite, run = given.pop("resume"), given.pop("overwrite"), None
     if resume:
         require("out" in given and not overwrite, "--resume needs --out, and goes without --overwrite")
-        run = gpt.load_run(given["out"])
-        require("base" in run, f"{given['out']} is not from finetune.py: go on with python gpt.py --resume --out {given['out']}")
-        changed = sorted(key for key in given.keys() - gpt.CHANGEABLE if given[key] != run["config"][key])
-        require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
-        given = run["config"] | given
+        run, given = gpt.resume_run(given, "finetune.py", gpt.CHANGEABLE | {"also_eval", "save_adapter"})
     config = gpt.from_flags(FinetuneConfig, given)
     base = find_checkpoint(config.model)
     require(base.resolve() != Path(config.out).resolve(), f"--out {config.out} is the base itself: choose another folder")
     if not resume:
         gpt.refuse_existing(config.out, overwrite)
-        kept_adapter = overwrite or not any(Path(config.save_adapter).glob("adapter_*"))
-        require(not config.save_adapter or kept_adapter, f"{config.save_adapter} already holds an adapter: add --overwrite, or choose "
-                "another folder")  # fmt: skip
+    if config.save_adapter and not (overwrite or (resume and config.save_adapter == run["config"]["save_adapter"])):
+        full = Path(config.save_adapter).is_dir() and any(Path(config.save_adapter).glob("adapter_*"))
+        require(not full, f"{config.save_adapter} already holds an adapter: add --overwrite, or choose another folder")
     device = gpt.join_processes(gpt.resolve_device(config.device))
     dtype = gpt.resolve_dtype(config.dtype, device)
     model, tokenizer = load_checkpoint(base)
@@ -242,14 +236,16 @@ def main(argv=None):
     choose(model, config)
     model.to(device)
     block_size = min(config.block_size, model.config.block_size)
-    train_data, val_data, text = load_data(config, tokenizer, block_size)
-    require(not resume or text == run["text"], f"{' '.join(config.data)} has changed since the run began: begin a new one")
-    old = TokenDataset(gpt.prepare(config.also_eval, tokenizer)[2], block_size) if config.also_eval else None
+    train_data, val_data, text = load_data(config.data, tokenizer, block_size, config)
+    old = load_data(config.also_eval, tokenizer, block_size, config)[1] if config.also_eval else None
     before = gpt.evaluate(model, old, tokenizer, config.batch_size, dtype) if old else None
     describe(model, train_data, config, dtype)
 
     publish = functools.partial(lora.merged, model)  # an ordinary checkpoint, also where only a part is trained
-    rows = gpt.train(model, tokenizer, train_data, val_data, config, run, overwrite, publish, text=text, base=str(base))
+    if config.save_adapter:
+        Path(config.save_adapter).mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
+    facts = {"text": text, "base": gpt.digest_file(base / "model.safetensors", hashlib.sha256()).hexdigest()}
+    rows = gpt.train(model, tokenizer, train_data, val_data, config, run, overwrite, publish, **facts)
     alone = gpt.world()[0] == 0
     if gpt.dist.is_initialized():
         gpt.dist.destroy_process_group()

@@ -298,6 +298,14 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
+def digest_file(path, digest):
+    """Feed a file of any size to one of hashlib's objects -> that object."""
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest
+
+
 def fetch_shakespeare(path):
     import requests
     from requests.adapters import HTTPAdapter, Retry
@@ -394,9 +402,7 @@ def prepare(data, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
     files, digest = find_texts(data), hashlib.sha256(b"%d" % val_bytes)
     for path in files:
         digest.update(b"%d" % path.stat().st_size)
-        with open(path, "rb") as file:
-            while block := file.read(CHUNK):
-                digest.update(block)
+        digest_file(path, digest)
     fingerprint, splits = digest.hexdigest()[:16], split_texts(files, val_bytes)
     require(all(splits), f"{' '.join(data)} is too little text to split in two")
     CACHE.mkdir(exist_ok=True)
@@ -454,6 +460,13 @@ class TokenDataset:
         beyond = places >= len(tokens)
         rows = tokens[np.where(beyond, 0, places)].astype(np.int64)
         return torch.from_numpy(rows[:, :-1]), torch.from_numpy(np.where(beyond, -1, rows)[:, 1:])
+
+
+def training_windows(tokens, block_size, stride=0):
+    """The windows to learn from; raises InputError where the text is shorter than one of them."""
+    require(len(tokens) > block_size, f"{len(tokens)} tokens are shorter than a window of {block_size} + 1: give more text or a "
+            "smaller --block_size")  # fmt: skip
+    return TokenDataset(tokens, block_size, stride or max(1, block_size // 4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,6 +737,12 @@ def find_checkpoint(name):
     raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")
 
 
+def short_name(folder):
+    """What --model may call a checkpoint that exists: its name alone, where that leads to it."""
+    name = Path(folder).name
+    return name if Path(folder) == Path("checkpoints", name) == find_checkpoint(name) else folder
+
+
 def load_checkpoint(folder, device="cpu"):
     """-> GPT in eval mode, Tokenizer. Raises InputError for a file that is missing, damaged or does not fit."""
     folder = Path(folder)
@@ -785,10 +804,24 @@ def load_run(folder):
     require(path.is_file(), f"there is nothing to resume in {folder}: it has no training_state.pt")
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        require({"config", "tokenizer", "rows", "weights", "optimizers"} <= run.keys(), "it holds something else")
+        require({"config", "tokenizer", "rows", "weights", "optimizers", "tokens"} <= run.keys(), "it holds something else")
     except Exception as error:
         raise InputError(f"{path} is not a readable training state: {error}") from error
     return run
+
+
+CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "patience", "device", "dtype",
+              "compile"}  # fmt: skip
+
+
+def resume_run(given, script="gpt.py", changeable=CHANGEABLE):
+    """The run in given["out"], and its flags under those that are given now; raises InputError for one that cannot change."""
+    run = load_run(given["out"])
+    made_by = "finetune.py" if "base" in run else "gpt.py"
+    require(made_by == script, f"{given['out']} is a run of {made_by}: go on with python {made_by} --resume --out {given['out']}")
+    changed = sorted(key for key in given.keys() - changeable if given[key] != run["config"][key])
+    require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
+    return run, run["config"] | given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -930,7 +963,7 @@ def windows_of_step(n, step, config):
 
 
 def gradients(model, data, step, config, dtype):
-    """The forward and backward passes of a step -> its loss, the mean over the step's tokens in all processes."""
+    """The forward and backward passes of a step -> its loss, the mean over the targets in all processes, and their number."""
     (rank, processes), device = world(), next(model.parameters()).device
     batches = [data.batch(windows) for windows in windows_of_step(len(data), step, config)]
     total, loss = sum(int((y != -1).sum()) for _, y in batches), torch.zeros((), device=device)
@@ -944,7 +977,7 @@ def gradients(model, data, step, config, dtype):
         loss += share.detach()
     if processes > 1:
         dist.all_reduce(loss)
-    return loss.item()
+    return loss.item(), total
 
 
 @contextmanager
@@ -959,19 +992,24 @@ def noting_signals():
             signal.signal(number, handler)
 
 
+def mallopt(*settings):
+    """Options of glibc's memory, pairs of number and value; another C library needs or knows no such thing."""
+    with suppress(OSError, AttributeError, TypeError):
+        for option, value in settings:
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def keep_freed_memory():
     """Let glibc keep what PyTorch frees: taken back by the system, it costs a fifth of a step in page faults."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
-        for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1)):  # M_TRIM_THRESHOLD, M_TOP_PAD,
-            ctypes.CDLL(None).mallopt(option, value)  # M_MMAP_THRESHOLD, M_ARENA_MAX
+    mallopt((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1))  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
 
 
 def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=False, publish=None, **facts):
     """Train what requires a gradient and write the checkpoint config.out; returns the rows of its log.csv.
 
-    run, from load_run, goes on as if it had never stopped; the facts are kept in it. publish makes the weights of an
-    ordinary checkpoint out of those that are trained. Raises FloatingPointError at a loss or gradient that is not
-    finite, and SystemExit after Ctrl-C or SIGTERM, when all is saved.
+    run, from load_run, goes on as if it had never stopped; the facts, fingerprints of what it began with, are kept in it
+    and must be the same then. publish makes the weights of an ordinary checkpoint out of those that are trained. Raises
+    FloatingPointError at a loss or gradient that is not finite, and SystemExit after Ctrl-C or SIGTERM, when all is saved.
     """
     (rank, processes), device = world(), next(model.parameters()).device
     require(config.batch_size % processes == 0, f"batch_size {config.batch_size} cannot be shared among {processes} processes")
@@ -979,6 +1017,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
     optimizers, dtype = make_optimizers(model, config), resolve_dtype(config.dtype, device)
     publish = publish or (lambda weights: dict(model.named_parameters()) | weights)
     if run:
+        changed = [what for what, fingerprint in facts.items() if run.get(what) != fingerprint]
+        require(not changed, f"the {' and the '.join(changed)} changed since the run in {config.out} began: begin a new one")
         model.load_state_dict(run["weights"], strict=False)
         for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -986,12 +1026,12 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             save_run(run, model, tokenizer, config, publish)  # mends what a crash may have left undone
     else:
         refuse_existing(config.out, overwrite)
-        run = {"step": 0, "seconds": 0.0, "losses": [], "rows": [], "best": {"loss": math.inf}, "best_weights": {}, **facts}
+        run = {"step": 0, "tokens": 0, "seconds": 0.0, "losses": [], "rows": [], "best": {"loss": math.inf}, "best_weights": {},
+               **facts}  # fmt: skip
     runner = torch.compile(model) if config.compile else model
     if processes > 1:
         runner = nn.parallel.DistributedDataParallel(runner)
-    per_step = config.batch_size * config.grad_accum * train_data.block_size
-    norm, first, started = 0.0, run["step"], time.perf_counter()
+    norm, first, before, started = 0.0, run["step"], run["tokens"], time.perf_counter()
     began = started - run["seconds"]
 
     def check(value, what):
@@ -1012,7 +1052,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
     def validate():
         figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
         loss, losses = check(figures["loss"], "validation loss"), run["losses"]
-        row = {"step": step, "tokens": step * per_step, "seconds": round(time.perf_counter() - began, 2), "lr": lr,
+        row = {"step": step, "tokens": run["tokens"], "seconds": round(time.perf_counter() - began, 2), "lr": lr,
                "train_loss": sum(losses) / len(losses) if losses else math.nan, "val_loss": loss,
                "val_bits_per_byte": figures["bits_per_byte"], "grad_norm": norm}  # fmt: skip
         run["rows"], run["losses"] = [*run["rows"], row], []
@@ -1029,7 +1069,8 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             f"  the model continues {tokenizer.decode(prompt[0].tolist())!r} with {made!r}")  # fmt: skip
 
     resumed = f"going on at step {first:,} of " if first else ""
-    say(f"{resumed}{config.max_steps:,} steps of {per_step:,} tokens on {device}, with {str(dtype).split('.')[1]} products")
+    say(f"{resumed}{config.max_steps:,} steps of {config.batch_size * config.grad_accum} windows, {train_data.block_size} tokens at "
+        f"most, on {device}, with {str(dtype).split('.')[1]} products")  # fmt: skip
     keep_freed_memory()
     model.train()
     bar = tqdm(desc="training", total=config.max_steps, initial=first, unit=" steps", disable=None if rank == 0 else True)
@@ -1041,6 +1082,9 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
                 validate()
             in_vain = sum(row["step"] > run["best"]["step"] for row in run["rows"])
             if step >= config.max_steps or 0 < config.patience <= in_vain:
+                why = "all steps are done" if step >= config.max_steps else f"{in_vain} validations brought nothing better"
+                if step < config.max_steps or step == first:
+                    say(f"ended at step {step:,}, as {why}; to go on, --resume with more --max_steps or --patience")
                 return run["rows"]
             stop = torch.tensor(max(signals, default=0), device=device)
             if processes > 1:  # all of them stop at the same step
@@ -1051,15 +1095,16 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
                     f"validation); go on with: python {Path(sys.argv[0]).name} --resume --out {config.out}")  # fmt: skip
                 raise SystemExit(128 + int(stop))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
-            loss = check(gradients(runner, train_data, step, config, dtype), "loss")
+            loss, tokens = gradients(runner, train_data, step, config, dtype)
+            check(loss, "loss")
             norm = check(nn.utils.clip_grad_norm_(trained.values(), config.grad_clip or math.inf).item(), "gradient's norm")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
-            run["step"], run["losses"] = step + 1, run["losses"] + [loss]
-            speed = (run["step"] - first) * per_step / (time.perf_counter() - started)
+            run["step"], run["tokens"], run["losses"] = step + 1, run["tokens"] + tokens, run["losses"] + [loss]
+            speed = (run["tokens"] - before) / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
@@ -1124,10 +1169,6 @@ def add_flags(parser, *configs):
         parser.add_argument(f"--{field.name}", **options)
 
 
-CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "patience", "device", "dtype",
-              "compile"}  # fmt: skip
-
-
 @command
 def main(argv=None):
     parser = Parser(prog="gpt.py", description="Train a GPT on text, into a checkpoint for sample.py.")
@@ -1141,23 +1182,17 @@ def main(argv=None):
     values, run = PRESETS[preset or "tiny"] | given, None
     if resume:
         require(preset is None and not overwrite, "--resume goes with neither --preset nor --overwrite")
-        run = load_run(given.setdefault("out", TrainConfig.out))
-        require("base" not in run, f"{given['out']} was adapted: go on with python finetune.py --resume --out {given['out']}")
-        changed = sorted(key for key in given.keys() - CHANGEABLE if given[key] != run["config"][key])
-        require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
-        values = run["config"] | given
+        run, values = resume_run({"out": TrainConfig.out} | given)
     shape, config = from_flags(GPTConfig, values), from_flags(TrainConfig, values)
     device = join_processes(resolve_device(config.device))
     if not resume:
         refuse_existing(config.out, overwrite)
     vocabulary = Tokenizer.loads(*run["tokenizer"]) if resume else config.tokenizer
     tokenizer, train_tokens, val_tokens, text = prepare(config.data, vocabulary, shape.vocab_size, config.val_bytes)
-    require(not resume or text == run.get("text", text), f"{' '.join(config.data)} has changed since the run began: begin a new one")
     asked = given.get("vocab_size", tokenizer.vocab_size)
     require(asked == tokenizer.vocab_size or tokenizer.kind == "bpe", f"--vocab_size {asked} does not fit {tokenizer.kind}")
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)
-    require(len(train_tokens) > shape.block_size, f"{len(train_tokens)} tokens are shorter than a window of "
-            f"{shape.block_size} + 1: give more text or a smaller --block_size")  # fmt: skip
+    train_data, val_data = training_windows(train_tokens, shape.block_size, config.stride), TokenDataset(val_tokens, shape.block_size)
     passes = config.max_steps * config.batch_size * config.grad_accum * shape.block_size / len(train_tokens)
     if "dropout" not in values and passes > 4:  # what is seen often is learned by heart unless something stands against it
         shape = dataclasses.replace(shape, dropout=0.15)
@@ -1175,14 +1210,12 @@ def main(argv=None):
         f"{shape.dropout}; {len(val_tokens):,} to validate on\n"
         f"a healthy first loss: ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token"
     )
-    train_data = TokenDataset(train_tokens, shape.block_size, config.stride or max(1, shape.block_size // 4))
-    val_data = TokenDataset(val_tokens, shape.block_size)
     rows = train(model, tokenizer, train_data, val_data, config, run, overwrite, text=text)
-    best, name = min(rows, key=lambda row: row["val_loss"]), Path(config.out).name
+    best = min(rows, key=lambda row: row["val_loss"])
     if world()[0] == 0:
         print(f"best at step {best['step']:,}: validation loss {best['val_loss']:.4f}, {best['val_bits_per_byte']:.4f} bits "
               f"per byte; saved in {config.out}, the curve as {config.out}/loss.png")  # fmt: skip
-        say(f"try: python sample.py --model {name if Path(config.out) == Path('checkpoints', name) else config.out}")
+        say(f"try: python sample.py --model {short_name(config.out)}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -81,9 +81,7 @@ def check_content(path, etag, size):
     elif re.fullmatch("[0-9a-f]{40}", etag):
         digest = hashlib.sha1(b"blob %d\0" % actual)
     if digest:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        gpt.digest_file(path, digest)
     if (size and actual != size) or (digest and digest.hexdigest() != etag):
         path.unlink()
         raise Interrupted(f"{actual:,} bytes came that are not the file: its hash should be {etag or 'unknown'}")

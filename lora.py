@@ -6,6 +6,7 @@ the adapted model begins as the base, bit for bit. Adapters are read and written
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ def merged(model, weights=None):
     return found
 
 
+BEGINNINGS = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
 PREFIX = "base_model.model."  # PEFT's name for the model that an adapter sits on
 
 
@@ -88,14 +90,20 @@ def load_adapter(model, folder):
     folder = Path(folder)
     require((folder / "adapter_config.json").is_file(), f"there is no adapter in {folder}: it has no adapter_config.json")
     described = read_json(folder / "adapter_config.json")
-    plain = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "modules_to_save": None}
-    odd = [key for key, value in plain.items() if described.get(key, value) != value]
+    plain = {"peft_type": "LORA", "bias": "none", "lora_bias": False, "use_rslora": False, "use_dora": False, "modules_to_save": None,
+             "alpha_pattern": {}, "rank_pattern": {}}  # fmt: skip
+    odd = [key for key, value in plain.items() if described.get(key, value) != value and (described[key] or value)]
+    odd += ["init_lora_weights"] if described.get("init_lora_weights") not in (*BEGINNINGS, None) else []  # others change the base
     require(not odd, f"the adapter in {folder} is not plain LoRA: {', '.join(f'{key} is {described[key]!r}' for key in odd)}")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
         names = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
-        targets = sorted({".".join(name.split(".")[3:5]) for name in names})
-        adapt(model, targets, described["r"], described["lora_alpha"])
+        places = {name: re.fullmatch(r"transformer\.h\.\d+\.(.+)\.lora_[AB]", name) for name in names}
+        strange = sorted(name for name, place in places.items() if not place or place[1] not in TARGETS)
+        require(not strange, f"the adapter in {folder} has {strange[:1]}, which is none of {', '.join(TARGETS)} in a block")
+        rank, alpha = described["r"], described["lora_alpha"]
+        require(isinstance(alpha, (int, float)) and 0 < alpha < math.inf, f"lora_alpha in {folder} is {alpha!r}, expected a positive number")
+        adapt(model, sorted({place[1] for place in places.values()}), rank, alpha)
         wanted = {name: p for name, p in model.named_parameters() if "lora_" in name}
         wrong = sorted(name for name in wanted.keys() | names.keys()
                        if name not in names or name not in wanted or names[name].shape != wanted[name].shape)  # fmt: skip

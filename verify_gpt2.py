@@ -266,9 +266,10 @@ def main(argv=None):
             worst = torch.tensor([row["relative_error"] for row in rows[:-1]], dtype=torch.float64).max().item()  # nan, if any is
             alike = same_tokens(tokenizer, folder) if folder else None
             equal = worst <= TOLERANCE and rows[-1]["same"] == rows[-1]["tokens"] and alike is not False
-            idx = inputs(model.config, tokenizer)["a paragraph"]
-            places = activations(model, idx), activations(reference, idx)
-            place, by = (None, 0.0) if equal else parting(*places, model.config.n_layer)
+            place, by = None, 0.0
+            if not equal:
+                idx = inputs(model.config, tokenizer)["a paragraph"]
+                place, by = parting(activations(model, idx), activations(reference, idx), model.config.n_layer)
     if args.json:
         print("\n".join(map(json.dumps, [*rows, {"equal": equal, "worst": worst, "same_tokens": alike, "parts_at": place, "parts_by": by}])))
     else:

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,21 @@ def script(name, *args, **options):
     """Run a script as a user would, in a process of its own."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+@contextmanager
+def interrupt(monkeypatch, step):
+    """Ctrl-C during the given step of training."""
+    original = gpt.gradients
+
+    def pressed(model, data, at, config, dtype):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(model, data, at, config, dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpt, "gradients", pressed)
+        yield
 
 
 def parameters_of(folder):

@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_the_best_of_all_rounds_counts_and_ratios_are_those_to_the_peer(form, mo
     def run(script, **_):
         calls.append(script[script.index("--only") + 1])
         seconds = (4.0 if "transformers" in calls[-1] else 1.0) + len(calls) / 1000
-        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": seconds, "memory": 2_000_000_000}), "")
+        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": seconds, "memory": 10**9 * (3 - len(calls) // 8)}), "")
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     bench.main(["finetune", "--rounds", "2", *(["--json"] if form == "json" else [])])
@@ -39,7 +40,7 @@ def test_the_best_of_all_rounds_counts_and_ratios_are_those_to_the_peer(form, mo
         rows = [json.loads(line) for line in lines]
         assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == pytest.approx(4.001 / 1.002)
     else:
-        assert len(lines) == 1 + len(bench.PARTS["finetune"]) and lines[2].split()[-4:] == ["1.00", "3.99", "2.00", "GB"]
+        assert len(lines) == 1 + len(bench.PARTS["finetune"]) and lines[2].split()[-4:] == ["1.00", "3.99", "3.00", "GB"]
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["finetune", "--rounds", "0"], ["finetune", "--only", "prayer"]], ids=str)
@@ -48,3 +49,10 @@ def test_bad_input_is_one_line_and_status_2(argv, capsys):
         bench.main(argv)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_without_the_peers_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as end:
+        bench.main(["finetune", "--only", "finetune.py, full"])
+    assert end.value.code == 2 and "pip install -r requirements-dev.txt" in capsys.readouterr().err

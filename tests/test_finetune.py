@@ -1,13 +1,17 @@
+import hashlib
 import json
+import math
 import os
 import re
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, TINY, enlarge, parameters_of
+from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of
+from safetensors.torch import load_file, save_file
 
 import export
 import finetune
@@ -261,16 +265,8 @@ def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypa
 def test_resuming_is_the_same_as_never_stopping(base, method, monkeypatch):
     flags = ["--method", method, "--lora_dropout", "0.1"]
     tune(*flags, "--out", "whole")
-    original = gpt.gradients
-
-    def pressed(model, data, step, config, dtype):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(model, data, step, config, dtype)
-
-    monkeypatch.setattr(gpt, "gradients", pressed)
-    tune(*flags, "--out", "parts", expect=130)
-    monkeypatch.setattr(gpt, "gradients", original)
+    with interrupt(monkeypatch, step=5):
+        tune(*flags, "--out", "parts", expect=130)
     torch.manual_seed(99)
     finetune.main(["--resume", "--out", "parts"])
     whole, parts = (torch.load(f"{name}/training_state.pt", weights_only=True) for name in ("whole", "parts"))
@@ -279,6 +275,48 @@ def test_resuming_is_the_same_as_never_stopping(base, method, monkeypatch):
         assert torch.equal(weight, parts["weights"][name]), name
     for name, weight in parameters_of("whole").items():
         assert torch.equal(weight, parameters_of("parts")[name])
+
+
+def test_a_run_whose_base_has_changed_is_not_resumed(base, capsys):
+    tune("--out", "tuned")
+    before = Path("tuned/model.safetensors").read_bytes()
+    for model in (enlarge(base, seed=5), gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16))):
+        gpt.save_checkpoint("checkpoints/scratch", model, gpt.Tokenizer.bytes(), overwrite=True)
+        with pytest.raises(SystemExit) as end:
+            finetune.main(["--resume", "--out", "tuned", "--max_steps", "12"])
+        assert end.value.code == 2 and "the base changed since the run in tuned began" in capsys.readouterr().err
+        assert Path("tuned/model.safetensors").read_bytes() == before
+
+
+def test_what_reports_only_can_be_asked_for_on_resuming(base, capsys):
+    tune("--out", "tuned")
+    finetune.main(["--resume", "--out", "tuned", "--save_adapter", "adapter", "--also_eval", "prose.txt"])
+    out = capsys.readouterr().out
+    assert "prose.txt: " in out and lora.load_adapter(base, "adapter")
+    finetune.main(["--resume", "--out", "tuned"])  # the adapter of this run itself is replaced
+    lora.save_adapter(base, Path("another"), "scratch")
+    with pytest.raises(SystemExit) as end:
+        finetune.main(["--resume", "--out", "tuned", "--save_adapter", "another"])
+    assert end.value.code == 2 and "another already holds an adapter" in capsys.readouterr().err
+
+
+def test_a_place_for_the_adapter_that_is_none_is_found_before_training(base, capsys):
+    Path("taken").write_text("a file")
+    tune("--out", "tuned", "--save_adapter", "taken", expect=2)
+    assert "File exists: 'taken'" in capsys.readouterr().err and not Path("tuned").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are started by fork")
+def test_two_processes_adapt_as_one(base):
+    """Under torchrun the batch is shared, and the result is that of one process, to rounding."""
+    flags = ["--model", "scratch", "--data", "other.txt", *SHORT, "--dropout", "0", "--dtype", "float32", "--save_adapter", "adapter"]
+    finetune.main([*flags, "--out", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "finetune.py")]
+    done = subprocess.run([*torchrun, *flags, "--out", "two", "--overwrite"], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("bits per byte before") == 1
+    one, two = parameters_of("one"), parameters_of("two")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5) for name in one)
 
 
 def test_each_script_resumes_its_own_runs(base, capsys):
@@ -292,12 +330,15 @@ def test_each_script_resumes_its_own_runs(base, capsys):
     assert end.value.code == 2 and "python gpt.py --resume --out ordinary" in capsys.readouterr().err
 
 
-def test_training_ends_early_when_nothing_gets_better(base):
+def test_training_ends_early_when_nothing_gets_better(base, capsys):
     tune("--out", "tuned", "--lr", "9", "--grad_clip", 0, "--max_steps", 40, "--patience", 2, "--eval_interval", 1, "--warmup_steps", 0)
     run = gpt.load_run("tuned")
     assert run["step"] == run["best"]["step"] + 2 < 40
+    message = f"ended at step {run['step']}, as 2 validations brought nothing better; to go on, --resume with more --max_steps or --patience"
+    assert message in capsys.readouterr().err
     before = parameters_of("tuned")
     finetune.main(["--resume", "--out", "tuned"])  # there is nothing left to do
+    assert message in capsys.readouterr().err
     assert gpt.load_run("tuned")["step"] == run["step"] and all(torch.equal(p, before[n]) for n, p in parameters_of("tuned").items())
 
 
@@ -305,16 +346,17 @@ def test_the_result_is_an_ordinary_checkpoint_with_a_name_of_its_own(base, capsy
     tune("--also_eval", "prose.txt")
     out, err = capsys.readouterr()
     described = json.loads(Path("checkpoints/scratch-finetuned/config.json").read_text())
-    assert described["base"] == "checkpoints/scratch" and described["training"]["method"] == "lora"
+    assert described["training"]["model"] == "scratch" and described["training"]["method"] == "lora"
+    assert described["base"] == hashlib.sha256(Path("checkpoints/scratch/model.safetensors").read_bytes()).hexdigest()
     assert "bits per byte before" in out and "prose.txt: " in out and " after" in out
-    assert "768 of 13,584" not in err and "values are trained" in err and "memory: weights" in err
+    assert "1,536 of 14,240 values are trained, 10.787%" in err and "memory: weights" in err
 
 
 def test_what_the_base_knew_is_measured_before_and_after(base, capsys):
-    tune("--also_eval", "prose.txt", "--dtype", "float32")
+    tune("--also_eval", "prose.txt", "--dtype", "float32", "--val_bytes", "300")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("prose.txt"))
     figures = [float(word) for word in line.split() if word[0].isdigit()]
-    tokens = gpt.TokenDataset(gpt.prepare(["prose.txt"], gpt.Tokenizer.bytes())[2], 16)
+    tokens = gpt.TokenDataset(gpt.prepare(["prose.txt"], gpt.Tokenizer.bytes(), val_bytes=300)[2], 16)
     for figure, name in zip(figures, ("checkpoints/scratch", "checkpoints/scratch-finetuned"), strict=True):
         model, tokenizer = gpt.load_checkpoint(name)
         assert gpt.evaluate(model, tokens, tokenizer)["bits_per_byte"] == pytest.approx(figure, abs=1e-4)
@@ -375,6 +417,16 @@ def test_documents_are_tuned_on_from_end_to_end(base, capsys):
     tune("--method", "full", "--out", "tuned", "--max_steps", 40, "--patience", 0, "--lr", "0.01", data="d.jsonl")
     rows = gpt.load_run("tuned")["rows"]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
+    assert 40 * 4 * 3 < rows[-1]["tokens"] < 40 * 4 * 4, "completions of two to four tokens, not padded windows"
+
+
+def test_documents_can_be_what_the_base_knew(base, capsys):
+    write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
+    tune("--also_eval", "d.jsonl", "--dtype", "float32")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("d.jsonl"))
+    _, val, _ = finetune.documents(["d.jsonl"], gpt.Tokenizer.bytes(), 16, 2**20)
+    figure = gpt.evaluate(gpt.load_checkpoint("checkpoints/scratch")[0], val, gpt.Tokenizer.bytes())["bits_per_byte"]
+    assert f"d.jsonl: {figure:.4f} bits per byte before, " in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +436,8 @@ LINES = {
     '{"prompt": "a"}': "expected text, or prompt and completion",
     '{"text": "a", "prompt": "b", "completion": "c"}': "expected text, or prompt and completion",
     '{"text": 7}': "expected strings",
-    '["text"]': "expected text|has no attribute",
+    '["text"]': 'expected {"text": ...}, or {"prompt": ..., "completion": ...}',
+    "7": 'expected {"text": ...}',
     "{text}": "Expecting property name",
     '{"text": "a"': "Expecting ',' delimiter",
     "\udcff": "can't decode byte 0xff",
@@ -414,6 +467,7 @@ BAD = {
     "onto the base, by another name": (["--out", "./checkpoints/../checkpoints/scratch", "--overwrite"], "is the base itself"),
     "no such text": (["--data", "nothing.txt"], "there is no text at nothing.txt"),
     "no such documents": (["--data", "nothing.jsonl"], "there is no file nothing.jsonl"),
+    "little known text": (["--also_eval", "little.txt"], "shorter than a window"),
     "two kinds": (["--data", "other.txt", "d.jsonl"], "mixes .jsonl with other texts"),
     "latin-1": (["--data", "latin.txt"], "is not UTF-8"),
     "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora"),
@@ -453,6 +507,14 @@ ADAPTERS = {
     "no adapter": (lambda folder: (folder / "adapter_config.json").unlink(), "there is no adapter in adapter"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is not a readable adapter"),
     "cut": (lambda folder: os.truncate(folder / "adapter_model.safetensors", 100), "is not a readable adapter"),
+    "other ranks": (lambda folder: change(folder, rank_pattern={"c_attn": 4}), "rank_pattern is {'c_attn': 4}"),
+    "other scales": (lambda folder: change(folder, alpha_pattern={"c_attn": 4}), "alpha_pattern is {'c_attn': 4}"),
+    "another base": (lambda folder: change(folder, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    "infinite": (lambda folder: change(folder, lora_alpha=math.inf), "lora_alpha in adapter is inf"),
+    "no number": (lambda folder: change(folder, lora_alpha="16"), "lora_alpha in adapter is '16'"),
+    "rank as text": (lambda folder: change(folder, r="8"), "is not a readable adapter"),
+    "the head": (lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"), "has .'lm_head.lora_A'., which is none of attn"),
+    "no block": (lambda folder: rename(folder, "h.2.", "h.7."), "does not fit the model at transformer.h.2"),
     "no rank": (lambda folder: change(folder, r=None), "is not a readable adapter"),
     "another rank": (lambda folder: change(folder, r=3), "does not fit the model at"),
     "dora": (lambda folder: change(folder, use_dora=True), "is not plain LoRA: use_dora is True"),
@@ -464,6 +526,17 @@ def change(folder, **keys):
     path = folder / "adapter_config.json"
     described = json.loads(path.read_text()) | keys
     path.write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
+
+
+def rename(folder, old, new):
+    path = folder / "adapter_model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def test_an_adapter_with_settings_that_say_nothing_is_read(base):
+    lora.save_adapter(lora.adapt(base), Path("adapter"), "scratch")
+    change(Path("adapter"), modules_to_save=[], rank_pattern={}, init_lora_weights=True)
+    lora.load_adapter(gpt.load_checkpoint("checkpoints/scratch")[0], "adapter")
 
 
 @pytest.mark.parametrize("case", ADAPTERS)

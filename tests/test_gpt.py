@@ -21,7 +21,7 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
-from conftest import PROSE, ROOT, TINY, parameters_of, script
+from conftest import PROSE, ROOT, TINY, interrupt, parameters_of, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -858,8 +858,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(small):
     results = []
     for batch_size, grad_accum in ((12, 1), (3, 4)):
         small.zero_grad()
-        loss = gpt.gradients(small, data, 0, TrainConfig(batch_size=batch_size, grad_accum=grad_accum), torch.float32)
+        loss, tokens = gpt.gradients(small, data, 0, TrainConfig(batch_size=batch_size, grad_accum=grad_accum), torch.float32)
         results.append((loss, torch.cat([p.grad.flatten() for p in small.parameters()])))
+        assert 0 < tokens < 12 * 16 and tokens == sum((data[i][1] != -1).sum() for i in gpt.windows_of_step(len(data), 0, TrainConfig(batch_size=12))[0])
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
 
@@ -912,16 +913,8 @@ def test_the_saved_weights_are_those_of_the_best_validation(prose, monkeypatch):
 def test_resuming_is_the_same_as_never_stopping(prose, optimizer, monkeypatch):
     flags = ["--data", prose, "--optimizer", optimizer, "--dropout", "0.2", "--grad_accum", 2]
     run_training(*flags, "--out", "whole")
-    original = gpt.gradients
-
-    def pressed(model, data, step, config, dtype):  # Ctrl-C during step 5, which is not a step that validates
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(model, data, step, config, dtype)
-
-    monkeypatch.setattr(gpt, "gradients", pressed)
-    run_training(*flags, "--out", "parts", expect=130)
-    monkeypatch.setattr(gpt, "gradients", original)
+    with interrupt(monkeypatch, step=5):  # which is not a step that validates
+        run_training(*flags, "--out", "parts", expect=130)
     torch.manual_seed(99)
     assert len(Path("parts/log.csv").read_text().splitlines()) == 3
     gpt.main(["--resume", "--out", "parts"])
@@ -1004,10 +997,10 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
     original = gpt.gradients
 
     def poisoned(model, data, step, config, dtype):
-        loss = original(model, data, step, config, dtype)
+        loss, tokens = original(model, data, step, config, dtype)
         if step == 6 and where == "gradient":
             next(model.parameters()).grad[0, 0] = math.inf
-        return math.nan if step == 6 and where == "loss" else loss
+        return math.nan if step == 6 and where == "loss" else loss, tokens
 
     monkeypatch.setattr(gpt, "gradients", poisoned)
     run_training("--data", prose, "--out", "here", expect=1)
@@ -1137,7 +1130,7 @@ def test_a_resumed_run_keeps_its_shape_and_its_text(prose, capsys):
     prose.write_text(PROSE + "more")
     with pytest.raises(SystemExit) as stopped:
         gpt.main(["--resume", "--out", "here"])
-    assert stopped.value.code == 2 and "has changed" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "the text changed" in capsys.readouterr().err
 
 
 def test_an_error_in_a_real_process_has_no_traceback(own_folder):
