@@ -41,6 +41,7 @@ def tune_ours(method, blocks=2):
     optimizers, dtype = gpt.make_optimizers(model, config), gpt.resolve_dtype("auto", torch.device("cpu"))
     data = gpt.TokenDataset(np.random.default_rng(0).integers(50257, size=10_000), 128)
     model.train()
+    gpt.keep_freed_memory()
 
     def step(number):
         gpt.gradients(model, data, number, config, dtype)
@@ -52,7 +53,7 @@ def tune_ours(method, blocks=2):
     return step
 
 
-def tune_transformers():
+def tune_transformers(settings=lambda: None):
     """-> a function that makes one step of a plain float32 loop around transformers' GPT-2, all of it trained."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -60,6 +61,7 @@ def tune_transformers():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     data = gpt.TokenDataset(np.random.default_rng(0).integers(50257, size=10_000), 128)
     model.train()
+    settings()
 
     def step(number):
         x, _ = data.batch([2 * number % len(data), (2 * number + 1) % len(data)])
@@ -74,6 +76,7 @@ def tune_transformers():
 PARTS = {
     "finetune": {
         "transformers, full, float32": tune_transformers,
+        "the same, keep_freed_memory()": lambda: tune_transformers(gpt.keep_freed_memory),
         "finetune.py, full": lambda: tune_ours("full"),
         "finetune.py, last 2 blocks": lambda: tune_ours("last"),
         "finetune.py, layernorm": lambda: tune_ours("layernorm"),
@@ -90,7 +93,6 @@ def work(part, name, steps):
         import transformers  # noqa: F401 (loaded for all, so that memory compares)
     except ImportError as error:
         raise InputError(f"the peers to compare with are not installed ({error}): pip install -r requirements-dev.txt") from error
-    gpt.keep_freed_memory()  # for all, the peers too
     before = resident()
     step = PARTS[part][name]()
     step(0)

@@ -33,7 +33,7 @@ METHODS = {  # name -> (is this parameter trained?, peak learning rate, what tha
 
 @dataclasses.dataclass
 class FinetuneConfig(gpt.TrainConfig):
-    """What is adapted to what, and how; the learning rates were compared in README.md."""
+    """What is adapted to what, and how; README.md tells what the learning rates were chosen from."""
 
     model: str = flag("gpt2", "the checkpoint to begin with: a folder, or a name under checkpoints/")
     method: str = flag("lora", f"what is trained: {', '.join(METHODS)}", choices=tuple(METHODS))
