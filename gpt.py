@@ -393,17 +393,42 @@ def read_text(path, start, stop):
         yield text
 
 
-def prepare(data, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
-    """Names of texts -> Tokenizer, training tokens, validation tokens, and a fingerprint of the text.
-
-    `tokenizer` is bpe, bytes, gpt2, or a Tokenizer. The tokens are memory-mapped files in .cache/, named by the text's
-    content and by the vocabulary, so a second run finds them. The end of text stands before each file.
-    """
-    files, digest = find_texts(data), hashlib.sha256(b"%d" % val_bytes)
+def fingerprint_of(files, val_bytes=0):
+    digest = hashlib.sha256(b"%d" % val_bytes)
     for path in files:
         digest.update(b"%d" % path.stat().st_size)
         digest_file(path, digest)
-    fingerprint, splits = digest.hexdigest()[:16], split_texts(files, val_bytes)
+    return digest.hexdigest()[:16]
+
+
+def tokenize(segments, tokenizer, name):
+    """(file, first byte, last byte + 1), ... -> their tokens in a memory-mapped file in .cache/, so a second run finds them.
+
+    The name stands for the text. The end of text stands before each file.
+    """
+    vocabulary = hashlib.sha256(tokenizer.dumps().encode()).hexdigest()[:16]
+    dtype, path = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, CACHE / f"{name}-{vocabulary}.bin"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        total = sum(stop - start for _, start, stop in segments)
+        bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, delay=1, disable=None, leave=False)
+        with replacing(path) as part, open(part, "wb") as out, bar:
+            for segment in segments:
+                if segment[1] == 0:
+                    np.array([tokenizer.eot], dtype).tofile(out)
+                for text in read_text(*segment):
+                    np.array(tokenizer.encode(text), dtype).tofile(out)
+                    bar.update(len(text.encode()))
+    return np.memmap(path, dtype, "r")
+
+
+def prepare(data, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
+    """Names of texts -> Tokenizer, training tokens, validation tokens, and a fingerprint of the text.
+
+    `tokenizer` is bpe, bytes, gpt2, or a Tokenizer.
+    """
+    files = find_texts(data)
+    fingerprint, splits = fingerprint_of(files, val_bytes), split_texts(files, val_bytes)
     require(all(splits), f"{' '.join(data)} is too little text to split in two")
     CACHE.mkdir(exist_ok=True)
     if tokenizer == "bpe":
@@ -415,21 +440,7 @@ def prepare(data, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
         tokenizer = Tokenizer.loads(path.read_text(), "bpe")
     elif isinstance(tokenizer, str):
         tokenizer = getattr(Tokenizer, tokenizer)()
-    vocabulary = hashlib.sha256(tokenizer.dumps().encode()).hexdigest()[:16]
-    dtype, tokens = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, []
-    for name, segments in zip(("train", "val"), splits, strict=True):
-        path = CACHE / f"{fingerprint}-{vocabulary}-{name}.bin"
-        if not path.exists():
-            total = sum(stop - start for _, start, stop in segments)
-            bar = tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, delay=1, disable=None, leave=False)
-            with replacing(path) as part, open(part, "wb") as out, bar:
-                for segment in segments:
-                    if segment[1] == 0:
-                        np.array([tokenizer.eot], dtype).tofile(out)
-                    for text in read_text(*segment):
-                        np.array(tokenizer.encode(text), dtype).tofile(out)
-                        bar.update(len(text.encode()))
-        tokens.append(np.memmap(path, dtype, "r"))
+    tokens = [tokenize(segments, tokenizer, f"{fingerprint}-{name}") for name, segments in zip(("train", "val"), splits, strict=True)]
     return tokenizer, *tokens, fingerprint
 
 
@@ -767,8 +778,8 @@ def load_checkpoint(folder, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
-def plot(rows, path):
-    """The training curve as a picture: losses in nats per token, and the validation's bits per byte."""
+def plot(rows, path, marks=()):
+    """The training curve as a picture: losses in nats per token, and the validation's bits per byte; marks are (step, loss, words)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -776,6 +787,8 @@ def plot(rows, path):
     axes.plot(steps, [row["train_loss"] for row in rows], "o-", ms=3, label="training loss, nats per token")
     axes.plot(steps, [row["val_loss"] for row in rows], "o-", ms=3, label="validation loss, nats per token")
     axes.plot(steps, [row["val_bits_per_byte"] for row in rows], "s:", ms=3, label="validation, bits per byte")
+    for step, loss, words in marks:
+        axes.annotate(words, (step, loss), (0, 25), textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"})
     best = min(rows, key=lambda row: row["val_loss"])
     axes.set(xlabel="step", ylim=(0, None), title=f"{best['val_bits_per_byte']:.3f} bits per byte at step {best['step']:,}")
     axes.grid(alpha=0.3)
@@ -925,27 +938,30 @@ def say(text):
 
 @torch.no_grad()
 def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32):
-    """The model on a whole TokenDataset: loss (nats per token), perplexity, bits_per_byte, and tokens, the denominator.
+    """The model on a whole TokenDataset: loss (nats per token), perplexity, bits_per_byte, accuracy, and tokens, the denominator.
 
-    Every counted target weighs the same, however they are batched; bits per byte divides by the bytes of those targets.
+    Every counted target weighs the same, however they are batched; bits per byte divides by the bytes of those targets;
+    accuracy is the share of them that the model thought the most probable.
     """
     (rank, processes), was_training = world(), model.training
-    device, sums = next(model.parameters()).device, torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    device, sums = next(model.parameters()).device, torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, hits
     model.eval()
-    for start in range(rank * batch_size, len(data), processes * batch_size):
+    starts = range(rank * batch_size, len(data), processes * batch_size)
+    for start in tqdm(starts, desc="evaluating", unit=" batches", delay=1, disable=rank > 0 or None, leave=False):
         x, y = data.batch(range(start, min(start + batch_size, len(data))))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(x.to(device), y.to(device))[1].item()
+            logits, loss = model(x.to(device), y.to(device))
         counted = y[y != -1]
         if len(counted):
-            n_bytes = tokenizer.n_bytes[counted].sum()
-            sums += torch.tensor([loss * len(counted), len(counted), n_bytes], dtype=torch.float64)
+            n_bytes, hits = tokenizer.n_bytes[counted].sum(), (logits.argmax(-1).cpu() == y).sum()
+            sums += torch.tensor([loss.item() * len(counted), len(counted), n_bytes, hits], dtype=torch.float64)
     if processes > 1:
         dist.all_reduce(sums := sums.to(device))
     model.train(was_training)
-    nats, tokens, n_bytes = sums.tolist()
+    nats, tokens, n_bytes, hits = sums.tolist()
     loss, bits = nats / max(tokens, 1), nats / math.log(2) / max(n_bytes, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "tokens": int(tokens)}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "accuracy": hits / max(tokens, 1),
+            "tokens": int(tokens)}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,229 @@
+"""Is it right? What must hold of a model, its data and its checkpoints, each tried out: `python evaluate.py --check`.
+
+Every check takes a Subject and gives back what it measured, what is healthy, and whether this is; beside each stands
+what a failure usually means.
+"""
+
+import dataclasses
+import math
+import platform
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import gpt
+from gpt import GPT, TokenDataset, Tokenizer
+
+
+@dataclasses.dataclass
+class Subject:
+    """What is checked: a model (of this shape, newly made, where none was given), its tokenizer and its text."""
+
+    config: gpt.GPTConfig
+    model: GPT
+    tokenizer: Tokenizer
+    names: list
+    val_bytes: int
+    train: np.ndarray
+    val: np.ndarray
+
+    def new(self, **fields):
+        """Another model of this shape, as training would begin with it."""
+        torch.manual_seed(0)
+        return GPT(dataclasses.replace(self.config, **fields)).eval()
+
+    def batch(self, rows, length=2**20):
+        """The first windows of the text that can be learned -> inputs, targets (B, T), of at most this length."""
+        T = min(length, self.config.block_size, len(self.train) - 1)
+        data = TokenDataset(self.train, T)
+        return data.batch(range(min(rows, len(data))))
+
+
+def shapes(subject):
+    idx, targets = subject.batch(2)
+    logits, loss = subject.model(idx, targets)
+    wanted = (*idx.shape, subject.config.vocab_size)
+    return f"{tuple(logits.shape)}, loss {tuple(loss.shape)}", f"(B, T, V) = {wanted}, loss ()", logits.shape == wanted and loss.dim() == 0
+
+
+@torch.no_grad()
+def first_loss(subject):
+    model, losses = subject.new(dropout=0.0), []
+    for row in zip(*subject.batch(16), strict=True):
+        losses.append(model(*(part[None] for part in row))[1].item())
+    loss, healthy = sum(losses) / len(losses), math.log(subject.config.vocab_size) + 0.0002 * subject.config.n_embd
+    return f"{loss:.3f} nats per token", f"ln V + 0.0002 n_embd = {healthy:.3f}, give or take 0.15", abs(loss - healthy) < 0.15
+
+
+@torch.no_grad()
+def first_logits(subject):
+    logits = subject.new(dropout=0.0)(subject.batch(4, 256)[0])[0]
+    mean, std, healthy = logits.mean().item(), logits.std().item(), 0.02 * math.sqrt(subject.config.n_embd)
+    return (f"mean {mean:.3f}, deviation {std:.3f}", f"mean 0, deviation 0.02 sqrt(n_embd) = {healthy:.3f}, to a third",
+            abs(mean) < healthy and 2 / 3 < std / healthy < 3 / 2)  # fmt: skip
+
+
+def token_ids(subject):
+    low, high = int(min(subject.train.min(), subject.val.min())), int(max(subject.train.max(), subject.val.max()))
+    V = subject.config.vocab_size
+    return f"{low:,} to {high:,}", f"within 0 to {V - 1:,}", low >= 0 and high < V
+
+
+def round_trip(subject):
+    """On what no text may break: letters of every kind, every byte of ASCII, and the characters of the special token."""
+    text = "".join(map(chr, range(128))) + f" naïve Привет 你好 🙂🏽 {gpt.EOT}\r\n\tx  y"
+    ids = subject.tokenizer.encode(text)
+    same = subject.tokenizer.decode(ids) == text and subject.tokenizer.eot not in ids
+    return f"{len(text)} characters, {len(ids)} tokens, {'the same' if same else 'another text'} again", "the same text", same
+
+
+def shift(subject):
+    """How many places behind its input does each target come from?"""
+    tokens = np.asarray(subject.train[: 64 * subject.config.block_size])
+    data = TokenDataset(tokens, min(subject.config.block_size, len(tokens) - 1), 1)
+    picked = np.linspace(0, len(data) - 1, min(32, len(data)), dtype=int)
+    x, y = data.batch(picked)
+    places = picked[:, None] + np.arange(x.shape[1])
+    found = [s for s in range(-2, 4) if np.array_equal(tokens[np.clip(places + s, 0, len(tokens) - 1)][:, 2:-3], y[:, 2:-3])]
+    sound = np.array_equal(tokens[places], x) and 1 in found
+    return f"distance from input to target: {' or '.join(map(str, found)) or 'none of -2 to 3'}", "exactly 1", sound
+
+
+def splits(subject):
+    files = gpt.find_texts(subject.names)
+    train, val = gpt.split_texts(files, subject.val_bytes)
+    shared = sum(max(0, min(e1, e2) - max(s1, s2)) for p1, s1, e1 in train for p2, s2, e2 in val if p1 == p2)
+    total, used = sum(path.stat().st_size for path in files), sum(stop - start for _, start, stop in train + val)
+    return f"{shared:,} bytes in both, {total - used + shared:,} in neither", "0 and 0", shared == 0 and used == total
+
+
+RUN = 32  # tokens in a row
+
+
+def repeats(subject, most=2**21):
+    """The share of validation that occurs in what is learned: runs of RUN tokens, by their rolling hashes."""
+
+    def hashes(tokens):
+        found = np.zeros(max(0, len(tokens) - RUN + 1), np.uint64)
+        for i in range(RUN):
+            found = found * np.uint64(6364136223846793005) + np.asarray(tokens[i : len(tokens) - RUN + 1 + i], np.uint64) + np.uint64(1)
+        return found
+
+    val = hashes(subject.val[:most])
+    seen = np.zeros(len(val), bool)
+    for start in range(0, len(subject.train), most):
+        seen |= np.isin(val, hashes(subject.train[start : start + most + RUN - 1]))
+    share = float(seen.mean()) if len(val) else 0.0
+    return f"{share:.1%} of validation's runs of {RUN} tokens", "under 10%", share < 0.1
+
+
+def moved(subject, tokens, seen):
+    """Change some tokens of a text: how far do the logits at the places seen move? In attention's written-out form and the fused."""
+    idx = subject.batch(1, 128)[0]
+    changed, moves = idx.clone(), []
+    changed[:, tokens] = (changed[:, tokens] + 1) % subject.config.vocab_size
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            before, after = (subject.model(text)[0][:, seen].detach() for text in (idx, changed))
+        moves.append(((after - before).abs().max() / before.abs().max()).item())
+    return moves
+
+
+def causality(subject):
+    half = max(1, subject.batch(1, 128)[0].shape[1] // 2)
+    moves = moved(subject, slice(half, None), slice(half))
+    return f"the first half moves by {max(moves):.0e} if the rest changes", "at most 1e-5", all(move <= 1e-5 for move in moves)
+
+
+def past(subject):
+    """The token before the last changes what is said next only by way of attention."""
+    moves = moved(subject, -2, -1)
+    return f"the last logits move by {min(moves):.0e} if the token before changes", "over 1e-6", all(move > 1e-6 for move in moves)
+
+
+def gradients(subject):
+    model = subject.model
+    model.zero_grad()
+    model(*subject.batch(2))[1].backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    total = sum(1 for _ in model.parameters())
+    model.zero_grad()
+    return (f"{total - len(without)} of {total} tensors" + (f", not {', '.join(without[:3])}" if without else ""), "all of them", not without)
+
+
+def overfit(subject, most=100):
+    """Two windows, over and over: a model that can learn anything knows them by heart soon."""
+    model, (idx, targets) = subject.new(dropout=0.0), subject.batch(2, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.3 / subject.config.n_embd, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for step in range(most):
+        loss = model(idx, targets)[1]
+        if loss < 0.5:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return f"{loss.item():.3f} nats per token after {step} steps", f"under 0.5 before step {most}", loss.item() < 0.5
+
+
+def dropout(subject):
+    model, idx = subject.new(dropout=0.5), subject.batch(1, 64)[0]
+    with torch.no_grad():
+        quiet = torch.equal(model.eval()(idx)[0], model(idx)[0])
+        noisy = not torch.equal(model.train()(idx)[0], model(idx)[0])
+    return f"eval: two passes {'alike' if quiet else 'differ'}; train: they {'differ' if noisy else 'are alike'}", "alike, differ", quiet and noisy
+
+
+@torch.no_grad()
+def cache(subject):
+    idx, caches = subject.batch(1, 32)[0], [gpt.KVCache(subject.config.block_size) for _ in subject.model.transformer.h]
+    whole = subject.model(idx)[0]
+    pieces = [subject.model.hidden(part, caches) for part in (idx[:, :8], *idx[:, 8:].split(1, dim=1)) if part.shape[1]]
+    error = ((subject.model.lm_head(torch.cat(pieces, dim=1)) - whole).abs().max() / whole.abs().max()).item()
+    return f"relative difference {error:.0e}", "at most 1e-5", error <= 1e-5
+
+
+@torch.no_grad()
+def save_and_load(subject):
+    idx = subject.batch(1)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save_checkpoint(Path(folder, "saved"), subject.model, subject.tokenizer)
+        model, tokenizer = gpt.load_checkpoint(Path(folder, "saved"))
+    same = torch.equal(model(idx)[0], subject.model(idx)[0]), tokenizer.ranks == subject.tokenizer.ranks
+    return f"logits {'equal' if same[0] else 'differ'}, vocabulary {'equal' if same[1] else 'differs'}", "equal, bit for bit", all(same)
+
+
+CHECKS = {  # what is checked -> (how, what a failure usually means)
+    "shapes": (shapes, "a transpose or view that mixes up batch, time and heads"),
+    "first loss": (first_loss, "an initialization bug: the embedding at N(0, 1) gives hundreds; far below: targets leak into the inputs"),
+    "first logits": (first_logits, "an embedding or head with a wrong deviation, or a final norm that is missing"),
+    "token ids": (token_ids, "tokens of another vocabulary, or a file of tokens read with the wrong width"),
+    "round trip": (round_trip, "a vocabulary without some bytes, or text that is changed on its way in"),
+    "targets": (shift, "a model that learns to copy its input (0) or to skip a token (2)"),
+    "splits": (splits, "validation text that is trained on: the validation loss is too good"),
+    "repeats": (repeats, "copies of one text on both sides of the cut: the validation loss rewards learning by heart"),
+    "causality": (causality, "a mask that is off by one or missing: training loss falls fast, samples are nonsense"),
+    "the past": (past, "a mask that hides too much, or attention that is not connected"),
+    "gradients": (gradients, "a frozen parameter, a part that the loss does not depend on, or a detached tensor"),
+    "overfit": (overfit, "a model or optimizer that cannot learn at all; no amount of data will help"),
+    "dropout": (dropout, "alike in training: dropout is off; different in eval: it is never switched off, and no figure is exact"),
+    "cache": (cache, "positions or the mask that do not count what is cached: samples get worse the longer they are"),
+    "save and load": (save_and_load, "tensors that are left out, converted or tied wrongly"),
+}
+
+
+def versions(device, dtype):
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}; {device}, "
+            f"{torch.get_num_threads()} threads, {str(dtype).split('.')[1]} by --dtype auto")  # fmt: skip
+
+
+def battery(subject):
+    """Try every check -> rows of check, measured, healthy, ok, failure; one that raises an error has failed."""
+    for name, (check, failure) in CHECKS.items():
+        try:
+            measured, healthy, ok = check(subject)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the check has failed)
+            measured, healthy, ok = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}", "no error", False
+        yield {"check": name, "measured": measured, "healthy": healthy, "ok": bool(ok), "failure": failure}
