@@ -12,9 +12,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import gpt
 import lora
@@ -51,7 +53,7 @@ class FinetuneConfig(gpt.TrainConfig):
     max_steps: int = flag(200, "optimizer steps", 1)
     batch_size: int = flag(8, "windows per forward pass, over all processes", 1)
     optimizer: str = flag("adamw", "muon (AdamW beside it) or adamw", choices=("muon", "adamw"))
-    lr: float = flag(0.0, "peak learning rate; 0 means the method's own", 0, 10)
+    lr: float = flag(0.0, "peak learning rate; 0 means the method's own: " + ", ".join(f"{name} {rate}" for name, (_, rate, _) in METHODS.items()), 0, 10)
     warmup_steps: int = flag(10, "steps of linear warm-up, while the optimizer's averages settle")
     weight_decay: float = flag(0.01, "pull of the matrices towards zero", 0, 10)
     beta2: float = flag(0.999, "memory of AdamW's squared gradients", 0, 0.999999)
@@ -63,7 +65,9 @@ class FinetuneConfig(gpt.TrainConfig):
         super().__post_init__()
         self.lr = self.lr or METHODS[self.method][1]
         self.out = self.out or str(Path("checkpoints", f"{Path(self.model).name}-finetuned"))
-        require(self.save_adapter == "" or self.method == "lora", f"--save_adapter goes with --method lora, not {self.method}")
+
+
+OF = {"blocks": "last"} | dict.fromkeys(("rank", "alpha", "lora_dropout", "targets", "save_adapter"), "lora")  # flags of one method
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,6 +82,11 @@ class Documents:
 
     def __len__(self):
         return len(self.examples)
+
+    def opening(self):
+        """Tokens for a sample to go on from: a prompt as it is in the examples, or the beginning of a text."""
+        tokens, first = self.examples[0]
+        return tokens[: first if first > 1 else 16]
 
     def batch(self, windows):
         """Numbers of examples -> inputs (B, T), targets (B, T), -1 where nothing is to be learned."""
@@ -98,13 +107,16 @@ def read_jsonl(path):
                 if not line.strip():
                     continue
                 example = json.loads(line.decode("utf-8"))
-                require(isinstance(example, dict), 'expected {"text": ...}, or {"prompt": ..., "completion": ...}')
-                keys = example.keys() & {"text", "prompt", "completion"}
-                require(keys in ({"text"}, {"prompt", "completion"}), "expected text, or prompt and completion")
+                found = sorted(example) if isinstance(example, dict) else type(example).__name__
+                keys = {"text", "prompt", "completion"} & set(found)
+                require(isinstance(example, dict) and keys in ({"text"}, {"prompt", "completion"}),
+                        f'expected {{"text": ...}}, or {{"prompt": ..., "completion": ...}}, found {found}')  # fmt: skip
                 require(all(isinstance(example[key], str) for key in keys), "expected strings")
+                require(example.get("text", example.get("completion")), "there is nothing to learn: the text is empty")
                 "".join(example[key] for key in keys).encode()  # a lone surrogate is valid JSON, and no text
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: {error}") from error
+                what = f"{error.msg}, at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{path}, line {number}: {what}") from error
             yield example.get("prompt"), example["text" if "text" in keys else "completion"]
 
 
@@ -112,7 +124,7 @@ def documents(paths, tokenizer, block_size, val_bytes):
     """.jsonl files -> training and validation Documents (the last tenth, at most val_bytes), and a fingerprint."""
     pairs = [pair for path in paths for pair in read_jsonl(path)]
     sizes = [len(completion.encode()) for _, completion in pairs]
-    require(len(pairs) >= 2, f"{' '.join(map(str, paths))}: {len(pairs)} examples are too few to train on some and validate on others")
+    require(len(pairs) >= 2, f"{' '.join(map(str, paths))} has too few examples ({len(pairs)}) to learn from some and validate on others")
     cut, held_out = len(pairs) - 1, sizes[-1]
     while len(pairs) - cut < len(pairs) // 10 and held_out + sizes[cut - 1] <= val_bytes:
         cut, held_out = cut - 1, held_out + sizes[cut - 1]
@@ -173,22 +185,24 @@ def kept(model, data, config, dtype):
 def describe(model, data, config, dtype):
     """The table before training: what is trainable, how much that is, and the memory it takes."""
     total = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
-    groups = {}
+    groups, blocks = {}, [i for i, block in enumerate(model.transformer.h) if any(p.requires_grad for p in block.parameters())]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = ".".join("#" if part.isdigit() else part for part in name.removeprefix("transformer.").split("."))
+            kind = re.sub(r"\.\d+\.", f".{min(blocks, default=0)}-{max(blocks, default=0)}.", name.removeprefix("transformer."))
             groups.setdefault(kind, []).append(p)
     trained = sum(p.numel() for group in groups.values() for p in group)
-    say(f"{config.method}: {METHODS[config.method][2]}")
+    say(f"{config.method}: {METHODS[config.method][2]}; peak learning rate {config.lr:g}")
     for kind, group in groups.items():
         say(f"  {kind:<24} {len(group):>3} x {tuple(group[0].shape)!s:<14} {sum(p.numel() for p in group):>13,}")
     say(f"  {trained:,} of {total:,} values are trained, {trained / total:.3%}")
     state = 8 if config.optimizer == "adamw" else 4
     sizes = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": state * trained, "activations": kept(model, data, config, dtype)}
-    say("  memory: " + ", ".join(f"{what} {size / 1e6:,.1f} MB" for what, size in sizes.items()))
+    sizes["together"] = sum(sizes.values())
+    say("  memory: " + ", ".join(f"{what} {tqdm.format_sizeof(size, 'B')}" for what, size in sizes.items()))
 
 
 def load_data(names, tokenizer, block_size, config):
+    """-> training data, validation data, fingerprint of the text."""
     """-> training data, validation data, fingerprint of the text."""
     if any(name.endswith(".jsonl") for name in names):
         require(all(name.endswith(".jsonl") for name in names), f"{' '.join(names)} mixes .jsonl with other texts: give one kind")
@@ -202,11 +216,14 @@ def load_data(names, tokenizer, block_size, config):
 def report(rows, config, tokenizer, device, dtype, old, before):
     """What has become of the new text's loss, and of the old one's, with the weights that were saved."""
     best = min(rows, key=lambda row: row["val_loss"])
+    if best["step"] == 0:
+        say("no validation was better than the base's, and what is saved computes what the base computes: more text or a smaller --lr")
     print(f"{config.method}: {rows[0]['val_bits_per_byte']:.4f} bits per byte before, {best['val_bits_per_byte']:.4f} at step "
-          f"{best['step']:,}; saved in {config.out}")  # fmt: skip
+          f"{best['step']:,}; saved in {config.out}" + (f", the adapter alone in {config.save_adapter}" if config.save_adapter else ""))  # fmt: skip
     if old:
         after = gpt.evaluate(load_checkpoint(config.out)[0].to(device), old, tokenizer, config.batch_size, dtype)
-        print(f"{' '.join(config.also_eval)}: {before['bits_per_byte']:.4f} bits per byte before, {after['bits_per_byte']:.4f} after")
+        print(f"{' '.join(config.also_eval)}: {before['bits_per_byte']:.4f} bits per byte before, {after['bits_per_byte']:.4f} after: "
+              f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f} forgotten")  # fmt: skip
     say(f"try: python sample.py --model {config.model} {gpt.short_name(config.out)}")
 
 
@@ -217,11 +234,13 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
     gpt.add_flags(parser, FinetuneConfig)
     given = vars(parser.parse_args(argv))
-    resume, overwrite, run = given.pop("resume"), given.pop("overwrite"), None
+    resume, overwrite, run, flags = given.pop("resume"), given.pop("overwrite"), None, given.keys()
     if resume:
         require("out" in given and not overwrite, "--resume needs --out, and goes without --overwrite")
         run, given = gpt.resume_run(given, "finetune.py", gpt.CHANGEABLE | {"also_eval", "save_adapter"})
     config = gpt.from_flags(FinetuneConfig, given)
+    odd = sorted(name for name in flags & OF.keys() if OF[name] != config.method)
+    require(not odd, f"--{', --'.join(odd)} goes with --method {' and '.join({OF[name] for name in odd})}, not {config.method}")
     base = find_checkpoint(config.model)
     require(base.resolve() != Path(config.out).resolve(), f"--out {config.out} is the base itself: choose another folder")
     if not resume:
@@ -240,6 +259,13 @@ def main(argv=None):
     old = load_data(config.also_eval, tokenizer, block_size, config)[1] if config.also_eval else None
     before = gpt.evaluate(model, old, tokenizer, config.batch_size, dtype) if old else None
     describe(model, train_data, config, dtype)
+    passes = config.max_steps * config.batch_size * config.grad_accum / len(train_data)
+    if isinstance(train_data, TokenDataset):
+        passes *= block_size / train_data.stride
+        say(f"{' '.join(config.data)}: {len(train_data.tokens):,} tokens to learn from, each seen {passes:.1f} times; "
+            f"{len(val_data.tokens):,} to validate on")  # fmt: skip
+    else:
+        say(f"{' '.join(config.data)}: {len(train_data):,} examples to learn from, each seen {passes:.1f} times; {len(val_data):,} to validate on")
 
     publish = functools.partial(lora.merged, model)  # an ordinary checkpoint, also where only a part is trained
     if config.save_adapter:

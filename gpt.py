@@ -65,7 +65,8 @@ def check_fields(config):
         if rule["choices"]:
             fits, expected = value in rule["choices"], "one of " + ", ".join(rule["choices"])
         elif kind in (int, float):
-            fits, expected = fits and rule["low"] <= value <= rule["high"], f"{rule['low']} to {rule['high']}"
+            fits = fits and rule["low"] <= value <= rule["high"]
+            expected = f"at least {rule['low']}" if rule["high"] == math.inf else f"{rule['low']} to {rule['high']}"
         require(fits, f"{field.name} is {value!r}, expected {expected}")
 
 
@@ -119,7 +120,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        require(self.data and all(isinstance(name, str) for name in self.data), "data names no text")
+        require(self.data and all(isinstance(name, str) for name in self.data), "--data is missing: give files of text, folders, pydoc "
+                "or shakespeare")  # fmt: skip
 
 
 def from_flags(config_class, flags):
@@ -346,6 +348,7 @@ def find_texts(names):
             if not path.exists():
                 CACHE.mkdir(exist_ok=True)
                 fetch_shakespeare(path)
+        require(not name.endswith((".json", ".jsonl")), f"{name} is JSON, not text: finetune.py learns from .jsonl, a document a line")
         require(path.exists(), f"there is no text at {name}: give a file, a folder, pydoc or shakespeare")
         files += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     require(files, f"there is no *.txt in {' '.join(names)}")
@@ -458,6 +461,10 @@ class TokenDataset:
 
     def __len__(self):
         return 1 + max(0, math.ceil((len(self.tokens) - 1 - self.block_size) / self.stride))
+
+    def opening(self):
+        """Tokens for a sample to go on from."""
+        return self.tokens[:16].tolist()
 
     def __getitem__(self, i):
         return tuple(rows[0] for rows in self.batch([i]))
@@ -741,6 +748,8 @@ def find_checkpoint(name):
     for folder in (Path(name), Path("checkpoints") / name):
         require(not (folder / "config.json").is_file(), f"{folder} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
                 f"is a GPT-2, make one with `python convert_gpt2.py {folder} --out DIR`")  # fmt: skip
+        require(not (folder / "adapter_config.json").is_file(), f"{folder} is an adapter: python sample.py --model ITS_BASE --adapter "
+                f"{folder}")  # fmt: skip
     near = difflib.get_close_matches(str(name), [path.parent.name for path in Path("checkpoints").glob("*/tokenizer.tiktoken")], 1)
     require(not near, f"there is no checkpoint {name}: did you mean {', '.join(near)}?")
     made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
@@ -790,7 +799,8 @@ def plot(rows, path, marks=()):
     for step, loss, words in marks:
         axes.annotate(words, (step, loss), (0, 25), textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"})
     best = min(rows, key=lambda row: row["val_loss"])
-    axes.set(xlabel="step", ylim=(0, None), title=f"{best['val_bits_per_byte']:.3f} bits per byte at step {best['step']:,}")
+    axes.set(xlabel="step", ylim=(0, None), title=f"{rows[0]['val_bits_per_byte']:.3f} bits per byte at step {rows[0]['step']:,}, "
+             f"{best['val_bits_per_byte']:.3f} at step {best['step']:,}")  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as part:
@@ -1076,7 +1086,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             run["best"] = {"step": step, **figures}
             run["best_weights"] = {name: p.detach().cpu().clone() for name, p in trained.items()}
         save()
-        prompt, generator = val_data.batch([0])[0][:, :16], torch.Generator(device).manual_seed(config.seed)
+        prompt, generator = torch.tensor([val_data.opening()]), torch.Generator(device).manual_seed(config.seed)
         options = {"temperature": 0.8, "top_p": 0.9, "eot": tokenizer.eot, "generator": generator}
         ids = model.generate(prompt.to(device), 48, **options)[0, prompt.shape[1] :].tolist()
         made = tokenizer.decode(itertools.takewhile(lambda i: i != tokenizer.eot and i < tokenizer.vocab_size, ids))

@@ -85,8 +85,11 @@ def save_adapter(model, folder, base, weights=None):
     gpt.write(folder / "adapter_config.json", json.dumps(described, indent=2) + "\n")
 
 
-def load_adapter(model, folder):
-    """Put the adapter in `folder`, ours or PEFT's, on the model. Raises InputError for one that does not fit."""
+def load_adapter(model, folder, base=None):
+    """Put the adapter in `folder`, ours or PEFT's, on the model. Raises InputError for one that does not fit.
+
+    Where it was made for another model than `base`, a path, a remark says so.
+    """
     folder = Path(folder)
     require((folder / "adapter_config.json").is_file(), f"there is no adapter in {folder}: it has no adapter_config.json")
     described = read_json(folder / "adapter_config.json")
@@ -110,6 +113,9 @@ def load_adapter(model, folder):
         require(not wrong, f"the adapter in {folder} does not fit the model at {', '.join(wrong[:3])}")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not a readable adapter: {error}") from error
+    made_for = described.get("base_model_name_or_path")
+    if base and made_for and Path(str(made_for)).name != Path(base).name:
+        gpt.say(f"the adapter in {folder} was made for {made_for}, not for {base}")
     with torch.no_grad():
         for name, p in wanted.items():
             p.copy_(names[name])

@@ -62,11 +62,12 @@ class Speaker:
 
         self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
         self.device = gpt.resolve_device(args.device)
-        self.model, self.tokenizer = gpt.load_checkpoint(gpt.find_checkpoint(name))
+        folder = gpt.find_checkpoint(name)
+        self.model, self.tokenizer = gpt.load_checkpoint(folder)
         if args.adapter:
             import lora
 
-            lora.load_adapter(self.model, args.adapter)
+            lora.load_adapter(self.model, args.adapter, folder)
         self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 

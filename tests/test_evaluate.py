@@ -409,6 +409,20 @@ def test_the_entropies_are_those_before_each_token(mine):
     assert row["entropy_end"] == pytest.approx(entropies[-2:].mean().item(), rel=1e-4)
 
 
+def test_what_comes_after_the_end_does_not_count(mine, monkeypatch):
+    tokens = iter([*b"abcd", 256, *b"xyz"])
+    seen = []
+
+    def next_token(logits, *_, **__):
+        seen.append(lens.entropy(logits[0]).item())
+        return torch.tensor([[next(tokens)]])
+
+    monkeypatch.setattr(gpt, "next_token", next_token)
+    (row,) = lens.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 100, (0,), 0)
+    assert row["text"] == "abcd" and row["tokens"] == 4 and row["verdict"][0].startswith("early end (after 4 of 100 tokens)")
+    assert row["entropy_end"] == pytest.approx(seen[3])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves.
 
@@ -446,6 +460,11 @@ def test_what_a_curve_shows_is_said_in_words_and_marked(own_folder, what, capsys
     run("--curve", folder)
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith(f"{what}: ") and f"validation loss {min(val):.4f}" in out
+
+
+def test_one_worse_validation_at_the_end_is_no_overfitting(own_folder, capsys):
+    run("--curve", log([6, 5, 4, 3.5, 3, 2.8, 2.9], [6, 5, 4, 3.5, 3, 2.8, 2.7]), "--json")
+    assert rows_of(capsys)[0]["found"][0]["what"] == "still falling"
 
 
 def test_a_loss_that_is_no_number_is_a_divergence(own_folder, capsys):

@@ -81,7 +81,7 @@ def test_the_counts_in_the_documents_are_these():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_frozen_stays_bit_identical_and_what_is_trained_changes(base, method):
-    tune("--method", method, "--blocks", 1, "--out", "tuned", "--lr", "0.01")
+    tune("--method", method, *(["--blocks", 1] if method == "last" else []), "--out", "tuned", "--lr", "0.01")
     wanted = set(trained(gpt.load_checkpoint("checkpoints/scratch")[0], method, blocks=1))
     if method == "lora":
         wanted = {name.replace("lora_A", "weight").replace("lora_B", "weight") for name in wanted}
@@ -173,12 +173,14 @@ def test_the_adapter_alone_gives_the_same_logits_here_and_in_peft(base):
 
 def test_sampling_with_the_adapter_is_sampling_from_the_merged_checkpoint(base, capsys):
     tune("--out", "tuned", "--save_adapter", "adapter")
-    capsys.readouterr()
+    assert "saved in tuned, the adapter alone in adapter\n" in capsys.readouterr().out
     texts = []
     for model in (["scratch", "--adapter", "adapter"], ["tuned"], ["scratch"]):
         sample.main(["--model", *model, "--prompt", "the", "--greedy", "--max_new_tokens", "30", "--dtype", "float32"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+    sample.main(["--model", "tuned", "--adapter", "adapter", "--prompt", "the", "--max_new_tokens", "1"])
+    assert "the adapter in adapter was made for checkpoints/scratch, not for tuned" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         sample.main(["--model", "scratch", "tuned", "--adapter", "adapter", "--prompt", "a"])
     assert end.value.code == 2 and "--adapter belongs to one model" in capsys.readouterr().err
@@ -238,17 +240,29 @@ def test_training_lora_ends_where_peft_ends(base):
     assert rows[-1]["val_loss"] == pytest.approx(loss, rel=1e-4) and loss < rows[0]["val_loss"] - 0.1
 
 
-def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypatch):
+def climb(monkeypatch, begin):
+    """From a step on, training makes everything worse."""
     original = gpt.gradients
 
     def uphill(model, data, step, config, dtype):
         loss = original(model, data, step, config, dtype)
         for p in model.parameters():
-            if p.grad is not None and step >= 4:
+            if p.grad is not None and step >= begin:
                 p.grad *= -1
         return loss
 
     monkeypatch.setattr(gpt, "gradients", uphill)
+
+
+def test_a_run_that_learned_nothing_says_so(base, monkeypatch, capsys):
+    climb(monkeypatch, 0)
+    tune("--out", "tuned", "--method", "full")
+    assert "what is saved computes what the base computes" in capsys.readouterr().err
+    assert all(torch.equal(p, parameters_of("checkpoints/scratch")[name]) for name, p in parameters_of("tuned").items())
+
+
+def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypatch):
+    climb(monkeypatch, 4)
     tune("--out", "tuned", "--save_adapter", "adapter", "--dtype", "float32", "--max_steps", 16, "--beta2", 0.5)
     assert gpt.load_run("tuned")["best"]["step"] < 16
     ours = lora.load_adapter(gpt.load_checkpoint("checkpoints/scratch")[0], "adapter")
@@ -263,7 +277,7 @@ def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypa
 
 @pytest.mark.parametrize("method", ["lora", "last"])
 def test_resuming_is_the_same_as_never_stopping(base, method, monkeypatch):
-    flags = ["--method", method, "--lora_dropout", "0.1"]
+    flags = ["--method", method, *(["--lora_dropout", "0.1"] if method == "lora" else [])]
     tune(*flags, "--out", "whole")
     with interrupt(monkeypatch, step=5):
         tune(*flags, "--out", "parts", expect=130)
@@ -373,12 +387,13 @@ def write_lines(path, *examples):
 
 def test_only_the_completion_is_learned_and_padding_never_counts():
     tokenizer = gpt.Tokenizer.bytes()
-    path = write_lines("d.jsonl", {"prompt": "ab", "completion": "xyz"}, {"prompt": "", "completion": "q"}, {"prompt": "z", "completion": ""})
+    path = write_lines("d.jsonl", {"prompt": "ab", "completion": "xyz"}, {"prompt": "", "completion": "q"}, {"prompt": "z", "completion": "w"})
     train, val, _ = finetune.documents([path], tokenizer, 16, 2**20)
     x, y = train.batch([0, 1])
     assert x.tolist() == [[97, 98, 120, 121, 122], [256, 113, 0, 0, 0]]
     assert y.tolist() == [[-1, 120, 121, 122, 256], [113, 256, -1, -1, -1]], "the end of text is learned"
-    assert val.batch([0])[1].tolist() == [[256]]
+    assert val.batch([0])[1].tolist() == [[119, 256]]
+    assert train.opening() == [97, 98], "a sample goes on from a prompt"
 
 
 def test_a_text_is_learned_whole_however_long():
@@ -433,12 +448,15 @@ def test_documents_can_be_what_the_base_knew(base, capsys):
 # Bad input.
 
 LINES = {
-    '{"prompt": "a"}': "expected text, or prompt and completion",
-    '{"text": "a", "prompt": "b", "completion": "c"}': "expected text, or prompt and completion",
+    '{"prompt": "a"}': re.escape("""expected {"text": ...}, or {"prompt": ..., "completion": ...}, found ['prompt']"""),
+    '{"text": "a", "prompt": "b", "completion": "c"}': "found .'completion', 'prompt', 'text'.",
+    '{"instruction": "a"}': "found .'instruction'.",
+    '{"text": ""}': "the text is empty",
+    '{"prompt": "a", "completion": ""}': "the text is empty",
     '{"text": 7}': "expected strings",
-    '["text"]': 'expected {"text": ...}, or {"prompt": ..., "completion": ...}',
-    "7": 'expected {"text": ...}',
-    "{text}": "Expecting property name",
+    '["text"]': "found list",
+    "7": "found int",
+    "{text}": "Expecting property name .*, at character 2$",
     '{"text": "a"': "Expecting ',' delimiter",
     "\udcff": "can't decode byte 0xff",
     '{"text": "\\ud800a"}': "surrogates not allowed",
@@ -470,11 +488,15 @@ BAD = {
     "little known text": (["--also_eval", "little.txt"], "shorter than a window"),
     "two kinds": (["--data", "other.txt", "d.jsonl"], "mixes .jsonl with other texts"),
     "latin-1": (["--data", "latin.txt"], "is not UTF-8"),
-    "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora"),
+    "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora, not full"),
+    "a rank of no lora": (["--method", "last", "--rank", "4"], "--rank goes with --method lora, not last"),
+    "an adapter as the base": (["--model", "adapter"], "adapter is an adapter: python sample.py --model ITS_BASE --adapter adapter"),
+    "json": (["--data", "d.json"], "d.json is JSON, not text: finetune.py learns from .jsonl"),
+    "nothing to learn from": (["--data"], "expected at least one argument"),
     "another tokenizer": (["--tokenizer", "gpt2"], "tokenizer is 'gpt2', expected one of base"),
     "resume from nowhere": (["--resume"], "--resume needs --out"),
     "too little text": (["--data", "little.txt"], "shorter than a window"),
-    "one document": (["--data", "one.jsonl"], "1 examples are too few"),
+    "one document": (["--data", "one.jsonl"], "has too few examples (1)"),
     "an unknown flag": (["--method", "lora", "--ranks", "3"], "did you mean --rank?"),
 }
 
@@ -486,6 +508,8 @@ def test_bad_input_is_one_line_and_status_2(base, case, capsys):
     Path("little.txt").write_text("too little text")
     write_lines("one.jsonl", {"text": "alone"})
     write_lines("d.jsonl", {"text": "a"}, {"text": "b"})
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     before = parameters_of("checkpoints/scratch")
     argv = ["--model", "scratch", "--data", "other.txt", *SHORT] if "--resume" not in flags else []
     with pytest.raises(SystemExit) as end:

@@ -67,18 +67,21 @@ def test_the_table_of_mistakes_names_them_all():
     assert rows == list(mistakes.MISTAKES)
 
 
-def test_the_shares_that_each_method_trains_are_those_of_the_table():
+def test_shares_and_learning_rates_of_each_method_are_those_of_the_tables():
     import finetune
 
-    for preset, pattern in (("gpt2", r"^\| `{}` \| .* \| ([\d,]+)( beside them)? \|$"), ("tiny", r"^\| `{}` \| ([\d.]+)% \|")):
+    for preset, pattern in (("gpt2", r"^\| `{}` \| .* \| ([\d,]+)(?: beside them)? \| ([\d.]+) \|$"), ("tiny", r"^\| `{}` \| ([\d.]+)% \|")):
         for method in finetune.METHODS:
             with torch.device("meta"):
                 model = GPT(GPTConfig.preset(preset))
                 total = sum(p.numel() for p in model.parameters())
                 finetune.choose(model, finetune.FinetuneConfig(data=["-"], method=method))
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            shown = regex.search(pattern.format(regex.escape(method)), README, regex.MULTILINE)[1]
-            assert shown == f"{count:,}" if preset == "gpt2" else float(shown) == pytest.approx(100 * count / total, rel=0.05)
+            shown = regex.search(pattern.format(regex.escape(method)), README, regex.MULTILINE)
+            if preset == "gpt2":
+                assert (shown[1], float(shown[2])) == (f"{count:,}", finetune.METHODS[method][1])
+            else:
+                assert float(shown[1]) == pytest.approx(100 * count / total, rel=0.05)
 
 
 @pytest.mark.slow
