@@ -20,6 +20,7 @@ import torch
 
 import gpt
 import lens
+import quantize
 import sanity
 from gpt import InputError, TokenDataset, command, find_checkpoint, load_checkpoint, require, say
 from hub import read_json
@@ -69,10 +70,13 @@ def score(name, args):
     stride = context if args.stride is None else args.stride
     require(1 <= stride <= context, f"--stride {stride} would skip tokens: 1 to the context of {context}")
     device = gpt.resolve_device(args.device)
+    if args.dtype == "int8":
+        quantize.quantize(model)
     model.to(device)
     data = StridedDataset(tokens_of(names, tokenizer, split, val_bytes), context, stride)
     began = time.perf_counter()
-    figures = gpt.evaluate(model, data, tokenizer, args.batch_size or max(1, 4096 // context), gpt.resolve_dtype(args.dtype, device))
+    dtype = torch.float32 if args.dtype == "int8" else gpt.resolve_dtype(args.dtype, device)
+    figures = gpt.evaluate(model, data, tokenizer, args.batch_size or max(1, 4096 // context), dtype)
     parameters = sum(p.numel() for p in model.parameters())
     return {"model": name, "parameters": parameters, "data": names, "split": split, "context": context, "stride": stride, **figures,
             "tokens_per_second": figures["tokens"] / (time.perf_counter() - began)}  # fmt: skip
@@ -205,7 +209,7 @@ def main(argv=None):
     add("--seed", type=int, default=1337, help="for --diagnose_text (default: 1337)")
     add("--curve", metavar="DIR", help="what the training curve of a checkpoint shows")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of scoring; auto is bfloat16 where native")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "int8"), help="of scoring; auto is bfloat16 where native")
     add("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     modes = [flag for flag in ("check", "inspect", "diagnose_text", "curve") if getattr(args, flag) not in (None, False)]

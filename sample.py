@@ -34,7 +34,7 @@ def add_arguments(parser):
     add("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
     add("--stop", nargs="+", default=[], help="end before any of these strings")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 where native")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "int8"), help="auto is bfloat16 where native; int8 is faster")
     add("--json", action="store_true", help="one JSON object a line: model, prompt, sample, seed, text")
     return parser
 
@@ -68,7 +68,12 @@ class Speaker:
             import lora
 
             lora.load_adapter(self.model, args.adapter, folder)
-        self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
+        if args.dtype == "int8":
+            import quantize
+
+            quantize.quantize(self.model).to(self.device)
+        else:
+            self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
     def tokens(self, prompt):
@@ -168,6 +173,7 @@ def run(argv):
     require(all(args.stop), "--stop is empty: give the text to stop at")
     require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
     require(args.adapter is None or len(args.model) == 1, "--adapter belongs to one model: name only that by --model")
+    require(args.adapter is None or args.dtype != "int8", "--adapter goes with float32 or bfloat16: int8 would lose it")
     require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file exclude each other")
     speakers = [Speaker(name, args) for name in args.model]
     if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():

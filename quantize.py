@@ -1,0 +1,63 @@
+"""int8 weights for generating and scoring: a quarter of float32's bytes, and so up to four times the tokens.
+
+A token alone passes through every weight once, and waits for memory rather than for arithmetic. So each matrix is kept in
+eight bits, with one scale for each output channel (as in Dettmers et al. 2022, "LLM.int8()", 2.1), and what flows between
+stays in floating point. The token embedding is the head, and shares its eight bits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def to_int8(weight):
+    """(out, in) -> int8 (out, in), and the scales (out,) to multiply its rows with; the largest of each row is 127."""
+    scales = weight.abs().amax(1).clamp(min=1e-12) / 127
+    return (weight / scales[:, None]).round().to(torch.int8), scales
+
+
+class Int8Linear(nn.Module):
+    """What nn.Linear computes, from eight bits a weight."""
+
+    MOST_ROWS = 32  # with more of them, unpacking the weights for one large product is faster
+
+    def __init__(self, weight, scales, bias):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("ones", torch.ones(len(scales), dtype=torch.bfloat16, device=scales.device))
+        self.bias = bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)  # (B * T, in)
+        odd = rows.shape[1] % 32  # PyTorch's kernel reads beyond such rows: wrong numbers, or a crash of the interpreter
+        if len(rows) > self.MOST_ROWS or odd or x.device.type != "cpu":
+            return F.linear(x, self.weight.to(x.dtype) * self.scales.to(x.dtype)[:, None], self.bias)
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)  # scaled in x's precision
+        y = torch.addcmul(self.bias, y, self.scales) if self.bias is not None else y * self.scales
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an int8 matrix: (B, T) -> (B, T, C)."""
+
+    def __init__(self, weight, scales):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+
+    def forward(self, idx):
+        return self.weight[idx] * self.scales[idx][..., None]
+
+
+@torch.no_grad()
+def quantize(model):
+    """Put int8 weights into a GPT, in place: its matrices, and the head that is the embedding; all else stays float32."""
+    for block in model.transformer.h:
+        for parent in (block.attn, block.mlp):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, name, Int8Linear(*to_int8(layer.weight.float()), layer.bias))
+    shared = to_int8(model.transformer.wte.weight.float())
+    model.transformer.wte, model.lm_head = Int8Embedding(*shared), Int8Linear(*shared, None)
+    return model

@@ -1,0 +1,69 @@
+import copy
+
+import pytest
+import torch
+from conftest import TINY, enlarge
+
+import evaluate
+import gpt
+import quantize
+import sample
+from quantize import Int8Linear
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (8, 3), (24, 32), (12, 2), (40, 257)])
+def test_a_product_is_that_of_the_rounded_weights(rows, width, out):
+    """Few rows go through the int8 kernel, many or odd ones through unpacked weights; both are within a rounding of bfloat16."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(width, out), torch.randn(2, rows, width)
+    weight, scales = quantize.to_int8(linear.weight.detach())
+    exact = torch.nn.functional.linear(x.double(), weight.double() * scales.double()[:, None], linear.bias.double())
+    found = Int8Linear(weight, scales, linear.bias)(x)
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.01 * exact.abs().max()
+
+
+def test_each_weight_is_off_by_half_a_step_at_most():
+    weight = torch.randn(30, 40) * torch.logspace(-3, 3, 30)[:, None]
+    rounded, scales = quantize.to_int8(weight)
+    assert rounded.dtype == torch.int8 and (rounded.abs().amax(1) == 127).all()
+    assert ((rounded * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert (quantize.to_int8(torch.zeros(2, 3))[0] == 0).all(), "a row of zeros stays one"
+
+
+def test_a_model_in_int8_thinks_nearly_the_same(small):
+    idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = small(idx)[0]
+    model = quantize.quantize(copy.deepcopy(small))
+    after = model(idx)[0]
+    assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+    assert model.lm_head.weight is model.transformer.wte.weight, "one tensor, as before"
+    matrices = [module.weight for module in model.modules() if isinstance(module, Int8Linear)]
+    assert len(matrices) == 4 * 3 + 1 and all(weight.dtype == torch.int8 for weight in matrices)
+
+
+def test_generating_in_int8_is_the_same_with_and_without_the_cache():
+    config = gpt.GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
+    model, idx = quantize.quantize(enlarge(gpt.GPT(config))), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    cached, whole = (model.generate(idx, 10, temperature=0, cached=cached) for cached in (True, False))
+    assert torch.equal(cached, whole)
+
+
+def test_the_loss_of_a_trained_model_stays_within_half_a_percent(prose, capsys):
+    gpt.main([*TINY, "--data", str(prose), "--n_embd", "64", "--max_steps", "60", "--eval_interval", "60"])
+    capsys.readouterr()
+    losses = []
+    for dtype in ("float32", "int8"):
+        evaluate.main(["--model", "scratch", "--dtype", dtype, "--batch_size", "1", "--device", "cpu", "--json"])
+        losses.append(float(capsys.readouterr().out.split('"loss": ')[1].split(",")[0]))
+    assert losses[0] < 3.5 and losses[0] != losses[1] == pytest.approx(losses[0], rel=0.005)
+
+
+def test_sampling_in_int8(prose, capsys):
+    gpt.main([*TINY, "--data", str(prose), "--max_steps", "4"])
+    capsys.readouterr()
+    sample.main(["--model", "scratch", "--prompt", "the", "--dtype", "int8", "--max_new_tokens", "20", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("the")
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--model", "scratch", "--prompt", "the", "--dtype", "int8", "--adapter", "x"])
+    assert end.value.code == 2 and "--adapter goes with float32 or bfloat16" in capsys.readouterr().err
