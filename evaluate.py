@@ -70,6 +70,7 @@ def score(name, args):
     stride = context if args.stride is None else args.stride
     require(1 <= stride <= context, f"--stride {stride} would skip tokens: 1 to the context of {context}")
     device = gpt.resolve_device(args.device)
+    parameters = sum(p.numel() for p in model.parameters())
     if args.dtype == "int8":
         quantize.quantize(model)
     model.to(device)
@@ -77,7 +78,6 @@ def score(name, args):
     began = time.perf_counter()
     dtype = torch.float32 if args.dtype == "int8" else gpt.resolve_dtype(args.dtype, device)
     figures = gpt.evaluate(model, data, tokenizer, args.batch_size or max(1, 4096 // context), dtype)
-    parameters = sum(p.numel() for p in model.parameters())
     return {"model": name, "parameters": parameters, "data": names, "split": split, "context": context, "stride": stride, **figures,
             "tokens_per_second": figures["tokens"] / (time.perf_counter() - began)}  # fmt: skip
 
@@ -214,6 +214,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     modes = [flag for flag in ("check", "inspect", "diagnose_text", "curve") if getattr(args, flag) not in (None, False)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} are different tasks: choose one")
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
+    require(Path(args.picture).parent.is_dir(), f"there is no folder {Path(args.picture).parent} for --picture")
     for name in ("val_bytes", "batch_size", "max_new_tokens"):
         require(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.curve is not None:

@@ -780,6 +780,8 @@ def load_checkpoint(folder, device="cpu"):
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             require(not wrong, f"model.safetensors does not fit config.json at {', '.join(wrong[:3])}")
             weights = {name: file.get_tensor(name).float() for name in wanted}
+        poisoned = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        require(not poisoned, f"{', '.join(poisoned[:3])} holds numbers that are not finite")
     except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"{folder} is not a readable checkpoint: {error}") from error
     model.load_state_dict(weights, strict=False, assign=True)

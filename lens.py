@@ -41,8 +41,11 @@ def spell(tokenizer, i):
 @torch.no_grad()
 def inspect(model, tokenizer, prompt, top=5):
     """What the model makes of a prompt, token by token and block by block -> a dict of figures, and attention (L, H, T, T)."""
-    ids = tokenizer.encode(prompt)[-model.config.block_size :]
+    ids, context = tokenizer.encode(prompt), model.config.block_size
     gpt.require(ids, "--inspect needs a text of at least one token")
+    if len(ids) > context:
+        gpt.say(f"the text has {len(ids):,} tokens, the context {context:,}: the last ones count")
+    ids = ids[-context:]
     idx, blocks = torch.tensor([ids], device=next(model.parameters()).device), model.transformer.h
     names = {"embedding": model.transformer.drop} | {f"block {i}": block for i, block in enumerate(blocks)}
     parts = {(part, i): module for i, block in enumerate(blocks) for part, module in

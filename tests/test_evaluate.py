@@ -73,7 +73,7 @@ def test_figures_are_those_of_an_independent_computation(mine, capsys, context, 
     run("--model", "mine", "--data", "held_out.txt", "--context", context, "--stride", stride, "--dtype", "float32", "--json")
     (row,) = rows_of(capsys)
     nats, hits = scored_by_transformers("theirs", [256, *text.encode()], context, stride)
-    assert row["tokens"] == len(text)
+    assert row["tokens"] == len(text) and row["parameters"] == sum(p.numel() for p in mine.parameters())
     assert row["loss"] == pytest.approx(nats / len(text), abs=5e-5)
     assert row["perplexity"] == pytest.approx(math.exp(nats / len(text)), rel=5e-5)
     assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), abs=5e-5)
@@ -294,6 +294,14 @@ def test_each_way_to_break_the_code_fails_its_check(mine, capsys, monkeypatch, b
         assert failed == BREAKAGES[breakage]
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (5, 2)], ids=str)
+def test_the_smallest_models_pass_too(words, capsys, shape):
+    config = gpt.GPTConfig(block_size=shape[0], vocab_size=300, n_layer=shape[1], n_head=1, n_embd=16)
+    gpt.save_checkpoint("checkpoints/least", gpt.GPT(config), gpt.Tokenizer.bytes())
+    run("--check", "--model", "least", "--data", "words.txt", "--json", expect=0)
+    assert next(row for row in rows_of(capsys) if row["check"] == "targets")["measured"].endswith(": 1")
+
+
 def test_every_check_can_fail():
     assert set().union(*BREAKAGES.values()) == set(sanity.CHECKS)
     readme = (ROOT / "README.md").read_text()
@@ -337,7 +345,9 @@ def test_a_learner_sees_it_in_the_terminal_and_as_a_picture(mine, capsys):
     assert out.count("head  1 |") == 2 and "block 1" in out and "what comes next" in out and "'o'" in out
     assert Path("attention.png").read_bytes().startswith(b"\x89PNG")
     run("--model", "mine", "--inspect", "x" * 100, "--json", "--picture", "other.png")
-    (found,) = rows_of(capsys)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "the text has 100 tokens, the context 32" in err
     assert len(found["tokens"]) == 33 and np.array(found["attention"]).shape == (2, 2, 32, 32), "the last 32 tokens count"
     assert Path("other.png").exists()
 
@@ -521,6 +531,11 @@ BAD = {
     "nothing to inspect": (["--model", "mine", "--inspect", ""], "needs a text of at least one token"),
     "nothing to write": (["--model", "mine", "--diagnose_text", "--max_new_tokens", "0"], "--max_new_tokens is 0"),
     "too little to check": (["--model", "mine", "--check", "--data", "one.txt"], "one.txt is too little text"),
+    "negative seed": (["--model", "mine", "--diagnose_text", "--seed", "-1"], "--seed is -1"),
+    "endless seed": (["--model", "mine", "--diagnose_text", "--seed", str(2**64)], "--seed is 18446744073709551616"),
+    "no folder": (["--model", "mine", "--inspect", "a", "--picture", "no/x.png"], "there is no folder no for --picture"),
+    "not a number": (["--model", "poisoned", "--diagnose_text"], "transformer.wte.weight holds numbers that are not finite"),
+    "NUL": (["--model", "mine", "--data", "nul.txt"], "nul.txt is not text"),
     "unknown": (["--modle", "mine"], "did you mean --model?"),
 }
 
@@ -530,6 +545,9 @@ def test_bad_input_is_one_line_and_status_2(mine, case, capsys):
     argv, message = BAD[case]
     Path("empty.txt").write_text("")
     Path("one.txt").write_text("a")
+    Path("nul.txt").write_bytes(b"a\0b")
+    mine.transformer.wte.weight.data[0] = math.nan
+    gpt.save_checkpoint("checkpoints/poisoned", mine, gpt.Tokenizer.bytes())
     run(*argv, expect=2)
     out, error = capsys.readouterr()
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error and out == ""
