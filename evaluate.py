@@ -50,13 +50,17 @@ def tokens_of(names, tokenizer, split, val_bytes):
 
 def text_of(folder, args):
     """--data, or what the model was trained on -> names of texts (None if neither), the split to score, and its val_bytes."""
-    training = read_json(folder / "config.json").get("training", {})
-    own = [name for name in training.get("data", []) if not name.endswith(".jsonl")]
+    training = read_json(folder / "config.json").get("training")
+    own, val_bytes = (training.get("data"), training.get("val_bytes")) if isinstance(training, dict) else (None, None)
+    own = [name for name in own if isinstance(name, str) and not name.endswith(".jsonl")] if isinstance(own, list) else []
+    val_bytes = args.val_bytes or (val_bytes if isinstance(val_bytes, int) and val_bytes > 0 else 2**20)
     if not args.data:
-        return own or None, "val", training.get("val_bytes", args.val_bytes)
-    if args.split == "all" and set(args.data) & set(own):
-        say(f"{folder} has learned most of {' '.join(args.data)}: --split val scores the part that was held out")
-    return args.data, args.split, args.val_bytes
+        return own or None, "val", val_bytes
+    asked, learned = ({Path(name).resolve() for name in names} for names in (args.data, own))
+    if args.split == "all" and asked & learned:
+        advice = "--split val scores the part that was held out" if asked == learned else "its figure is no measure of what it would do on new text"
+        say(f"{folder} has learned most of {' '.join(name for name in args.data if Path(name).resolve() in learned)}: {advice}")
+    return args.data, args.split, val_bytes if asked == learned else args.val_bytes or 2**20
 
 
 def score(name, args):
@@ -108,6 +112,7 @@ def read_log(path):
         require(lines and set(wanted) <= lines[0].keys(), f"it should have lines under the names {', '.join(wanted)}")
         rows = []
         for number, line in enumerate(lines, 2):
+            require(len(line["step"]) < 16, f"step {line['step'][:20]} is no number of steps")
             rows.append({key: float(line[key]) for key in wanted} | {"step": int(line["step"])})
     except (ValueError, TypeError, csv.Error) as error:
         raise InputError(f"{path}, line {number}, is not that of a training log: {error}") from error
@@ -115,47 +120,52 @@ def read_log(path):
 
 
 def read_curve(rows):
-    """Rows of a log -> [(what the curve shows, the number of the row, in words)]."""
+    """Rows of a log -> the number of the best, and [(what the curve shows, the number of the row, in words)]."""
     step, train, val = (np.array([row[key] for row in rows]) for key in ("step", "train_loss", "val_loss"))
     broken = ~np.isfinite(val)
     best = int(np.argmin(np.where(broken, np.inf, val)))
-    if broken.any() or (len(val) > 1 and val[-1] > val[0]):
-        at = int(np.argmax(broken)) if broken.any() else len(val) - 1
-        return [("diverged", at, (f"from {val[0]:.3f} at the start to {val[at]:.3f} at step {step[at]:,}: begin again with a smaller --lr or "
-                 "a longer --warmup_steps"))]  # fmt: skip
+    if broken.any():
+        at = int(np.argmax(broken))
+        return best, [("diverged", at, f"the validation loss is {val[at]} at step {step[at]:,}: begin again with a smaller --lr")]
+    fall, last, learned = val[0] - val[best], len(val) - 1, train[best : best + 2]
+    learned = learned[np.isfinite(learned)][:1]  # the training loss at the best step; at step 0 there is none yet
+    if best < last - 1 and val[-1] - val[best] > max(0.01 * fall, 0.002 * val[best]):
+        if len(learned) and train[-1] < learned[0]:
+            words = (f"from step {step[best]:,} on, the validation loss rises, {val[best]:.3f} to {val[-1]:.3f}, and the training loss falls, "
+                     f"{learned[0]:.3f} to {train[-1]:.3f}: more text, more --dropout, fewer steps or a smaller model; the checkpoint "
+                     "holds the best step")  # fmt: skip
+            return best, [("overfitting", best, words)]
+        words = f"from step {step[best]:,} on, both losses rise, validation's {val[best]:.3f} to {val[-1]:.3f}: begin again with a smaller --lr"
+        return best, [("diverged", best, words)]
     if len(val) < 5:
-        return [("too short to tell", len(val) - 1, f"{len(val)} validations: train longer, or with a smaller --eval_interval")]
-    found, quarter, fall = [], len(val) // 4, val[0] - val[best]
-    early = next((i for i in range(1, quarter + 1) if val[i] > val[i - 1]), None)
+        return best, [("too short to tell", last, f"{len(val)} validations: train longer, or with a smaller --eval_interval")]
+    found, quarter = [], max(2, len(val) // 4)
+    early = next((i for i in range(1, quarter + 1) if val[i] - val[i - 1] > max(0.02 * fall, 0.005 * val[best])), None)
     if early:
         found.append(("too fast at the start", early, (f"the validation loss rises from {val[early - 1]:.3f} to {val[early]:.3f} at step "
                       f"{step[early]:,}: try a smaller --lr or a longer --warmup_steps")))  # fmt: skip
-    gain = val[-1 - quarter] - val[-1]
-    if val[-1] > val[best] + 0.01 * fall and train[-1] < train[best] and best < len(val) - 2:
-        found.append(("overfitting", best, (f"from step {step[best]:,} on, the validation loss rises, {val[best]:.3f} to {val[-1]:.3f}, and the "
-                      f"training loss falls, {train[best]:.3f} to {train[-1]:.3f}: more text, more --dropout or a smaller model; the "
-                      "checkpoint holds the best step")))  # fmt: skip
-    elif gain > 0.01 * fall:
-        found.append(("still falling", len(val) - 1, (f"the last quarter of the run brought {gain:.3f} of all {fall:.3f} nats: more --max_steps "
-                      "will bring more")))  # fmt: skip
+    before = val[:-quarter].min()
+    if before - val[best] > max(0.01 * fall, 0.002 * val[best]):
+        found.append(("still falling", last, (f"the last quarter of the run brought {before - val[best]:.3f} of all {fall:.3f} nats: more "
+                      "--max_steps will bring more")))  # fmt: skip
     else:
-        found.append(("plateau", len(val) - 1 - quarter, (f"from step {step[-1 - quarter]:,} on, the validation loss hardly moves, "
-                      f"{val[-1 - quarter]:.3f} to {val[-1]:.3f}: a larger model, more text or another --lr; more steps alone will not help")))  # fmt: skip
-    return found
+        found.append(("plateau", last - quarter, (f"from step {step[last - quarter]:,} on, the validation loss hardly moves, "
+                      f"{val[last - quarter]:.3f} to {val[-1]:.3f}: a larger model, more text or another --lr; more steps alone will not help")))  # fmt: skip
+    return best, found
 
 
 def curve(folder, as_json):
     rows = read_log(Path(folder) / "log.csv")
-    found, picture = read_curve(rows), Path(folder) / "curve.png"
-    gpt.plot(rows, picture, [(rows[at]["step"], rows[at]["val_loss"], what) for what, at, _ in found])
-    best = min(rows, key=lambda row: row["val_loss"])
+    best, found = read_curve(rows)
     if as_json:
-        print(json.dumps({"folder": str(folder), "best": best, "found": [{"what": what, "step": rows[at]["step"], "words": words}
-                                                                         for what, at, words in found]}))  # fmt: skip
+        print(json.dumps({"folder": str(folder), "best": rows[best], "found": [{"what": what, "step": rows[at]["step"], "words": words}
+                                                                               for what, at, words in found]}))  # fmt: skip
     else:
-        print(f"best at step {best['step']:,} of {rows[-1]['step']:,}: validation loss {best['val_loss']:.4f}, "
-              f"{best['val_bits_per_byte']:.4f} bits per byte")  # fmt: skip
-        print("\n".join(f"{what}: {words}" for what, _, words in found))
+        print(f"best at step {rows[best]['step']:,} of {rows[-1]['step']:,}: validation loss {rows[best]['val_loss']:.4f}, "
+              f"{rows[best]['val_bits_per_byte']:.4f} bits per byte")  # fmt: skip
+        print("\n".join(f"{what}: {words}" for what, _, words in found), flush=True)
+    picture = Path(folder) / "curve.png"
+    gpt.plot(rows, picture, [(rows[at]["step"], rows[at]["val_loss"], what) for what, at, _ in found])
     say(f"the curve, with these points: {picture}")
 
 
@@ -166,18 +176,19 @@ def curve(folder, as_json):
 def check(args):
     """Print the battery's rows; returns whether all is well."""
     device = gpt.resolve_device(args.device)
-    names, tokenizer, config = args.data or ["pydoc"], "bpe", gpt.GPTConfig()
+    names, tokenizer, config, val_bytes = args.data, "bpe", gpt.GPTConfig(), args.val_bytes or 2**20
     if args.model:
         folder = find_checkpoint(args.model[0])
-        model, tokenizer = load_checkpoint(folder)
-        config, (names, _, _) = model.config, text_of(folder, args)
-    tokenizer, train, val, _ = gpt.prepare(names or ["pydoc"], tokenizer, config.vocab_size, args.val_bytes)
+        model, tokenizer = load_checkpoint(folder, device)
+        config, (names, _, val_bytes) = model.config, text_of(folder, args)
+    names = names or ["pydoc"]
+    tokenizer, train, val, _ = gpt.prepare(names, tokenizer, config.vocab_size, val_bytes)
     if not args.model:
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         torch.manual_seed(0)
-        model = gpt.GPT(config).eval()
+        model = gpt.GPT(config).to(device).eval()
     say(sanity.versions(device, gpt.resolve_dtype("auto", device)))
-    subject, failed = sanity.Subject(config, model, tokenizer, names or ["pydoc"], args.val_bytes, train, val), []
+    subject, failed = sanity.Subject(config, model, tokenizer, names, val_bytes, train, val), []
     for row in sanity.battery(subject):
         failed += [] if row["ok"] else [row["check"]]
         if args.json:
@@ -196,7 +207,7 @@ def main(argv=None):
     add("--model", nargs="+", help="checkpoints: folders, or names under checkpoints/")
     add("--data", nargs="+", help="texts to score, as for gpt.py (default: those of the model's training)")
     add("--split", choices=("all", "val"), default="all", help="all of the text, or its last tenth, which training holds out")
-    add("--val_bytes", type=int, default=2**20, help="the validation split is at most this many bytes (default: 2**20)")
+    add("--val_bytes", type=int, help="the validation split is at most this many bytes (default: as in training, or 2**20)")
     add("--context", type=int, help="tokens in a window (default: the model's context)")
     add("--stride", type=int, help="tokens from one window to the next (default: --context); smaller: more exact, and slower")
     add("--batch_size", type=int, help="windows at a time (default: 4,096 tokens of them)")
@@ -215,6 +226,7 @@ def main(argv=None):
     modes = [flag for flag in ("check", "inspect", "diagnose_text", "curve") if getattr(args, flag) not in (None, False)]
     require(len(modes) < 2, f"--{' and --'.join(modes)} are different tasks: choose one")
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
+    require(Path(args.picture).name, f"--picture {args.picture!r} names no file")
     require(Path(args.picture).parent.is_dir(), f"there is no folder {Path(args.picture).parent} for --picture")
     for name in ("val_bytes", "batch_size", "max_new_tokens"):
         require(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, expected at least 1")
@@ -225,14 +237,23 @@ def main(argv=None):
     if args.check:
         return sys.exit(0 if check(args) else 1)
     if not modes:
-        rows = [score(name, args) for name in args.model]
-        return print("\n".join(map(json.dumps, rows))) if args.json else show_scores(rows)
+        for name in args.model:
+            find_checkpoint(name)  # before the work
+        rows = []
+        for name in args.model:
+            rows.append(score(name, args))
+            if args.json:
+                print(json.dumps(rows[-1]), flush=True)
+        return None if args.json else show_scores(rows)
     model, tokenizer = load_checkpoint(find_checkpoint(args.model[0]), gpt.resolve_device(args.device))
     if args.inspect is not None:
         found, attention = lens.inspect(model, tokenizer, args.inspect)
+        if args.json:
+            print(json.dumps(found | {"attention": attention[:, :, -1].tolist()}), flush=True)
+        else:
+            lens.show_inspection(found, attention)
         lens.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], Path(args.picture))
-        say(f"attention of every head: {args.picture}")
-        return print(json.dumps(found | {"attention": attention.tolist()})) if args.json else lens.show_inspection(found, attention)
+        return say(f"attention of every head: {args.picture}")
     rows = lens.diagnose(model, tokenizer, args.prompt, args.max_new_tokens, (0, 0.5, 0.8, 1.0, 1.5), args.seed)
     return print("\n".join(map(json.dumps, rows))) if args.json else lens.show_diagnosis(list(rows))
 

@@ -8,6 +8,7 @@ The loop is gpt.py's. What is frozen keeps no gradient and no optimizer state; a
 backward pass goes there.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -271,8 +272,9 @@ def main(argv=None):
     if config.save_adapter:
         Path(config.save_adapter).mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
     facts = {"text": text, "base": gpt.digest_file(base / "model.safetensors", hashlib.sha256()).hexdigest()}
-    rows = gpt.train(model, tokenizer, train_data, val_data, config, run, overwrite, publish, **facts)
     alone = gpt.world()[0] == 0
+    with gpt.locked(config.out) if alone else contextlib.nullcontext():
+        rows = gpt.train(model, tokenizer, train_data, val_data, config, run, overwrite, publish, **facts)
     if gpt.dist.is_initialized():
         gpt.dist.destroy_process_group()
     if alone:

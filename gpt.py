@@ -718,6 +718,27 @@ class GPT(nn.Module):
 FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_state.pt")
 
 
+@contextmanager
+def locked(folder):
+    """Keep other processes out of a folder; the lock belongs to an open file, so a crash lets go of it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(f"another process is at work in {folder}: wait for it to end, or choose another folder") from error
+        for part in Path(folder).glob(".*.part"):  # what a crash has left half-written
+            part.unlink()
+        yield
+
+
 def refuse_existing(folder, overwrite=False):
     found = [name for name in FILES if (Path(folder) / name).exists()]
     resume = ", go on with its run by --resume" if "training_state.pt" in found else ""
@@ -914,8 +935,9 @@ def resolve_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        require(name != "meta", "a device without memory")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, InputError) as error:
         raise InputError(f"device {name!r} is not available here: use --device auto or cpu") from error
 
 
@@ -1163,6 +1185,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        with suppress(AttributeError):  # a stream that is no file
+            sys.stdout.reconfigure(errors="replace")  # rather than an error for what its encoding lacks
         try:
             return main(argv)
         except FloatingPointError as error:
@@ -1238,7 +1262,8 @@ def main(argv=None):
         f"{shape.dropout}; {len(val_tokens):,} to validate on\n"
         f"a healthy first loss: ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token"
     )
-    rows = train(model, tokenizer, train_data, val_data, config, run, overwrite, text=text)
+    with locked(config.out) if world()[0] == 0 else nullcontext():
+        rows = train(model, tokenizer, train_data, val_data, config, run, overwrite, text=text)
     best = min(rows, key=lambda row: row["val_loss"])
     if world()[0] == 0:
         print(f"best at step {best['step']:,}: validation loss {best['val_loss']:.4f}, {best['val_bits_per_byte']:.4f} bits "

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import time
-from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -48,22 +47,6 @@ def seconds_asked(response):
     except (TypeError, ValueError):
         limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
         return float(limit[1]) if limit else None
-
-
-@contextmanager
-def locked(folder):
-    """Hold the folder for this process alone; a crash lets go of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is downloading into {folder}: wait for it to end") from error
-        except ImportError:  # not on Windows
-            pass
-        yield
 
 
 def parts_of(path):
@@ -180,7 +163,7 @@ def open_source(name, revision="main"):
         pin, absent = folder / "commit", folder / f"{file}.absent"
         if (folder / file).is_file() or absent.exists():
             return None if absent.exists() else checked(folder / file)
-        with locked(folder):  # all files come from one commit, though they be fetched on different days
+        with gpt.locked(folder):  # all files come from one commit, though they be fetched on different days
             at = quote(pin.read_text() if pin.exists() else revision, safe="")
             commit = download(session, f"{endpoint}/{repository}/resolve/{at}/{file}", folder / file, by_hand)
             if commit and not pin.exists():

@@ -157,14 +157,15 @@ def ngrams(ids, n):
     return list(zip(*(ids[i:] for i in range(n)), strict=False))
 
 
-def measure(ids, entropies, text, asked):
-    """A generated text, as token numbers, the entropy before each, and as a string -> figures."""
+def measure(ids, entropies, surprises, text, asked):
+    """A generated text, as token numbers, the entropy before each, -ln of its probability, and as a string -> figures."""
     fours, quarter = ngrams(ids, 4), max(1, len(ids) // 4)
     loop, period = longest_loop(ids)
     return {"tokens": len(ids), "asked": asked, "repeated": 1 - len(set(fours)) / len(fours) if fours else 0.0, "loop": loop, "period": period,
             **{f"distinct_{n}": len(set(ngrams(ids, n))) / max(1, len(ids) - n + 1) for n in (1, 2, 3)},
             "entropy_start": float(np.mean(entropies[:quarter])) if entropies else 0.0,
             "entropy_end": float(np.mean(entropies[-quarter:])) if entropies else 0.0,
+            "surprise": float(np.mean(surprises) - np.mean(entropies)) if entropies else 0.0,
             "broken": text.count("\ufffd") / max(1, len(text))}  # fmt: skip
 
 
@@ -182,6 +183,9 @@ def verdict(row, vocab_size):
     if row["tokens"] >= 20 and row["entropy_end"] < 0.1 * row["entropy_start"] and row["entropy_end"] < 0.5:
         found.append(f"collapse (entropy falls from {row['entropy_start']:.2f} to {row['entropy_end']:.2f} nats): the model is sure of its own "
                      "repetition; sample, or choose a longer context")  # fmt: skip
+    if row["surprise"] > 1:
+        found.append(f"word salad (what was drawn surprises the model itself, {row['surprise']:.1f} nats beyond what it expects): a lower "
+                     "temperature, or --top_p 0.9")  # fmt: skip
     if row["broken"] > 0.01:
         found.append(f"gibberish ({row['broken']:.0%} of the characters are broken): a lower temperature or --top_p 0.9; at every temperature, it "
                      "is too little training")  # fmt: skip
@@ -197,13 +201,16 @@ def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):
     for temperature in temperatures:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
+        made, entropies, surprises = [], [], []
         with hooked({"head": model.lm_head}) as seen:
-            steps = model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator)
-            made = [token.item() for token in steps]
-        entropies = [entropy(logits[0]).item() for logits in seen["head"]]
-        made = made[: made.index(tokenizer.eot)] if tokenizer.eot in made else made
-        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size)
-        row = measure(made, entropies[: len(made)], text, max_new_tokens)
+            for token in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
+                logits = seen["head"].pop()[0].float()
+                if token.item() != tokenizer.eot:
+                    made.append(token.item())
+                    entropies.append(entropy(logits).item())
+                    surprises.append(-logits.log_softmax(-1)[token.item()].item())
+        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size).removesuffix("\ufffd")  # the last may be cut
+        row = measure(made, entropies, surprises, text, max_new_tokens)
         yield {"temperature": temperature, **row, "text": text, "verdict": verdict(row, model.config.vocab_size)}
 
 

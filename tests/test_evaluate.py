@@ -34,9 +34,9 @@ def mine(words):
 
 def run(*argv, expect=None):
     if expect is None:
-        return evaluate.main([*map(str, argv), "--device", "cpu"])
+        return evaluate.main(["--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as end:
-        evaluate.main([*map(str, argv), "--device", "cpu"])
+        evaluate.main(["--device", "cpu", *map(str, argv)])
     assert end.value.code == expect
 
 
@@ -88,8 +88,30 @@ def test_unasked_it_gives_the_figure_of_the_training_log(words, capsys):
     logged = min(gpt.load_run("checkpoints/mine")["rows"], key=lambda row: row["val_loss"])
     assert row["split"] == "val" and row["loss"] == pytest.approx(logged["val_loss"], rel=1e-5)
     assert row["bits_per_byte"] == pytest.approx(logged["val_bits_per_byte"], rel=1e-5)
-    run("--model", "mine", "--data", "words.txt")
-    assert "has learned most of words.txt: --split val" in capsys.readouterr().err
+    run("--model", "mine", "--data", "./words.txt")
+    assert "has learned most of ./words.txt: --split val" in capsys.readouterr().err
+    run("--model", "mine", "--data", "./words.txt", "--split", "val", "--json", "--dtype", "float32")
+    assert rows_of(capsys)[0]["tokens"] == row["tokens"], "the part that training held out"
+    Path("more.txt").write_text(words[::-1])
+    run("--model", "mine", "--data", "words.txt", "more.txt")
+    assert "has learned most of words.txt: its figure is no measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("training", [[], {"data": None}, {"data": [1]}, {"data": "words.txt"}, {"val_bytes": "x"}, None], ids=str)
+def test_a_strange_description_of_the_training_is_none(mine, capsys, training):
+    described = json.loads(Path("checkpoints/mine/config.json").read_text()) | {"training": training}
+    Path("checkpoints/mine/config.json").write_text(json.dumps(described))
+    run("--model", "mine", expect=2)
+    assert "mine has no text of its own" in capsys.readouterr().err
+    run("--model", "mine", "--data", "words.txt", "--split", "val")
+
+
+def test_new_models_of_any_width_begin_with_a_healthy_loss(words):
+    for width, vocabulary, context in ((768, 257, 64), (1600, 257, 1), (192, 1024, 8), (16, 300, 3)):
+        config = gpt.GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=2, n_head=1, n_embd=width)
+        tokens = np.array(gpt.Tokenizer.bytes().encode(words))
+        subject = sanity.Subject(config, gpt.GPT(config).eval(), gpt.Tokenizer.bytes(), ["words.txt"], 1000, tokens, tokens)
+        assert sanity.first_loss(subject)[2], sanity.first_loss(subject)
 
 
 def test_bits_per_byte_compare_models_of_different_vocabularies(mine, words, capsys):
@@ -242,6 +264,36 @@ def lossy_file(monkeypatch):
     monkeypatch.setattr(gpt, "save_file", lambda tensors, *rest: original({name: p.half().float() for name, p in tensors.items()}, *rest))
 
 
+def aligned_to_the_top_left(monkeypatch):
+    """What is_causal does with fewer queries than keys."""
+    original = gpt.F.scaled_dot_product_attention
+
+    def attention(q, k, v, mask=None, p=0.0, is_causal=False):
+        return original(q, k, v, None if mask is None else torch.ones_like(mask).tril(), p, is_causal)
+
+    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", attention)
+
+
+def left_in_training(monkeypatch):
+    original = gpt.load_checkpoint
+
+    def load(folder, device="cpu"):
+        model, tokenizer = original(folder, device)
+        for module in model.modules():
+            if isinstance(module, gpt.Dropout):
+                module.p = 0.2
+        return model.train(), tokenizer
+
+    monkeypatch.setattr(evaluate, "load_checkpoint", load)
+
+
+def silent_error(monkeypatch):
+    def forward(self, x):
+        raise AssertionError
+
+    monkeypatch.setattr(gpt.MLP, "forward", forward)
+
+
 def no_steps(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
 
@@ -278,6 +330,9 @@ BREAKAGES = {
     forgetful_cache: {"cache"},
     lossy_file: {"save and load"},
     no_steps: {"overfit"},
+    aligned_to_the_top_left: {"cache"},
+    left_in_training: {"dropout"},
+    silent_error: {"shapes"},
     lower_case: {"round trip"},
     time_first: {"shapes"},
 }
@@ -290,7 +345,7 @@ def test_each_way_to_break_the_code_fails_its_check(mine, capsys, monkeypatch, b
     out, err = capsys.readouterr()
     failed = {row["check"] for row in map(json.loads, out.splitlines()) if not row["ok"]}
     assert failed >= BREAKAGES[breakage] and f"{len(failed)} of {len(sanity.CHECKS)} checks failed" in err
-    if breakage is not blind_mask:  # nothing is sound where every number is NaN
+    if breakage not in (blind_mask, left_in_training, silent_error):  # nothing is sound where every number is NaN, noise or an error
         assert failed == BREAKAGES[breakage]
 
 
@@ -305,7 +360,7 @@ def test_the_smallest_models_pass_too(words, capsys, shape):
 def test_every_check_can_fail():
     assert set().union(*BREAKAGES.values()) == set(sanity.CHECKS)
     readme = (ROOT / "README.md").read_text()
-    assert (len(sanity.CHECKS), len(BREAKAGES)) == (15, 18) and "fifteen things" in readme and "in eighteen ways" in readme
+    assert (len(sanity.CHECKS), len(BREAKAGES)) == (15, 21) and "fifteen things" in readme and "in twenty-one ways" in readme
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,6 +385,13 @@ def test_what_is_seen_inside_is_what_transformers_sees(mine, capsys):
             if at < len(ids):
                 assert row["log_probability"] == pytest.approx(logs[at - 1, ids[at]].item(), rel=1e-4, abs=1e-5)
                 assert row["rank"] == logs[at - 1].argsort(descending=True).tolist().index(ids[at]) + 1
+        added = {}
+        for i, block in enumerate(theirs.transformer.h):
+            block.attn.register_forward_hook(lambda _, __, out, i=i: added.update({("attention", i): out[0]}))
+            block.mlp.register_forward_hook(lambda _, __, out, i=i: added.update({("mlp", i): out}))
+        theirs(torch.tensor([ids]))
+        for (part, i), out in added.items():
+            assert found["stream"][i + 1][f"{part}_norm"] == pytest.approx(out[0].norm(dim=-1).mean().item(), rel=1e-4)
         for row, hidden in zip(found["stream"][:-1], seen.hidden_states[:-1], strict=True):
             assert row["norm"] == pytest.approx(hidden[0].norm(dim=-1).mean().item(), rel=1e-4)
             said = theirs.lm_head(theirs.transformer.ln_f(hidden[0, -1])).softmax(-1)
@@ -348,7 +410,7 @@ def test_a_learner_sees_it_in_the_terminal_and_as_a_picture(mine, capsys):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert "the text has 100 tokens, the context 32" in err
-    assert len(found["tokens"]) == 33 and np.array(found["attention"]).shape == (2, 2, 32, 32), "the last 32 tokens count"
+    assert len(found["tokens"]) == 33 and np.array(found["attention"]).shape == (2, 2, 32), "the last 32 tokens count"
     assert Path("other.png").exists()
 
 
@@ -366,7 +428,8 @@ def test_the_longest_loop_is_found(ids, loop):
 
 
 def test_figures_of_a_text():
-    row = lens.measure([1, 2, 3, 1, 2, 3, 1, 2], [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.1], "ab\ufffdd", 10)
+    row = lens.measure([1, 2, 3, 1, 2, 3, 1, 2], [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [2.0] * 8, "ab\ufffdd", 10)
+    assert row["surprise"] == pytest.approx(2 - 12.6 / 8)
     assert row["repeated"] == pytest.approx(2 / 5) and row["distinct_1"] == 3 / 8 and row["distinct_2"] == 3 / 7 and row["distinct_3"] == 3 / 6
     assert (row["loop"], row["period"], row["broken"], row["tokens"], row["asked"]) == (8, 3, 0.25, 8, 10)
     assert (row["entropy_start"], row["entropy_end"]) == (4.0, pytest.approx(0.3))
@@ -379,18 +442,20 @@ SICK = {
     "collapse": (range(100), [*[3.0] * 60, *[0.05] * 40], "x"),
     "gibberish": (range(100), [2.0] * 100, "a\ufffd" * 20),
     "noise": (range(100), [5.4] * 100, "x"),
+    "word salad": (range(100), [2.0] * 100, "x"),
 }
 
 
 @pytest.mark.parametrize("sickness", SICK)
 def test_each_sickness_is_named(sickness):
     ids, entropies, text = SICK[sickness]
-    found = lens.verdict(lens.measure(list(ids), list(entropies), text, 100), 257)
+    surprises = [entropy + 1.5 * (sickness == "word salad") for entropy in entropies]
+    found = lens.verdict(lens.measure(list(ids), list(entropies), surprises, text, 100), 257)
     assert len(found) == 1 and found[0].startswith(sickness)
 
 
 def test_a_healthy_text_is_left_in_peace():
-    found = lens.verdict(lens.measure(list(range(100)), [2.5] * 100, "a text", 100), 257)
+    found = lens.verdict(lens.measure(list(range(100)), [2.5] * 100, [2.6] * 100, "a text", 100), 257)
     assert found == ["nothing to be seen in these figures"]
 
 
@@ -453,7 +518,7 @@ CURVES = {
     "plateau": ([6, 4, 3, 2.5, 2.3, 2.21, 2.205, 2.203, 2.202, 2.201, 2.2, 2.2], None, 800),
     "overfitting": ([6, 5, 4, 3.5, 3.4, 3.5, 3.7, 3.9, 4.1], [6, 5, 4, 3, 2.5, 2, 1.5, 1.2, 1], 400),
     "too fast at the start": ([6, 5, 7, 4, 3.5, 3, 2.5, 2.4, 2.35, 2.34, 2.34, 2.34], None, 200),
-    "diverged": ([6, 5, 4, 5, 7, 9, 9], None, 600),
+    "diverged": ([6, 5, 4, 5, 7, 9, 9], None, 200),
     "too short to tell": ([6, 5, 4], None, 200),
 }
 
@@ -472,9 +537,30 @@ def test_what_a_curve_shows_is_said_in_words_and_marked(own_folder, what, capsys
     assert out.splitlines()[1].startswith(f"{what}: ") and f"validation loss {min(val):.4f}" in out
 
 
-def test_one_worse_validation_at_the_end_is_no_overfitting(own_folder, capsys):
-    run("--curve", log([6, 5, 4, 3.5, 3, 2.8, 2.9], [6, 5, 4, 3.5, 3, 2.8, 2.7]), "--json")
-    assert rows_of(capsys)[0]["found"][0]["what"] == "plateau"
+MORE_CURVES = [  # validation, training, what it shows, from which step on
+    ([6, 5, 4, 3.5, 3, 2.8, 2.9], [6, 5, 4, 3.5, 3, 2.8, 2.7], "still falling", 600),  # one worse validation is no overfitting
+    ([3.0, 2.8, 2.7, 2.75, 2.9, 3.1, 3.3], [math.nan, 2.9, 2.4, 2.0, 1.7, 1.4, 1.2], "overfitting", 200),  # beyond where it began
+    ([2.0, 2.2, 2.4, 2.6, 2.9], [math.nan, 1.9, 1.5, 1.2, 1.0], "overfitting", 0),
+    ([10.9, 6, 4, 3.5, 7.4, 7.3, 7.2, 7.1, 7.0], [math.nan, 8, 5, 4, 7, 7.4, 7.3, 7.2, 7.1], "diverged", 300),  # still below the start
+    ([10.9, 6, 4, 3.5, 7.1, 7.1, 7.1, 7.1, 7.1], [math.nan, 8, 5, 4, 7, 7.1, 7.1, 7.1, 7.1], "diverged", 300),
+    ([2.300, 2.3003, 2.2998, 2.3001, 2.2999, 2.3002, 2.2997, 2.3], None, "plateau", 500),  # noise
+    ([math.nan, 5, 4, 3, 2], None, "diverged", 0),
+]
+
+
+@pytest.mark.parametrize(("val", "train", "what", "step"), MORE_CURVES)
+def test_curves_that_could_be_mistaken(own_folder, capsys, val, train, what, step):
+    run("--curve", log(val, train), "--json")
+    found = rows_of(capsys)[0]
+    assert [(one["what"], one["step"]) for one in found["found"]] == [(what, step)]
+    assert found["best"]["val_loss"] == min(loss for loss in val if not math.isnan(loss))
+
+
+def test_without_a_place_for_the_picture_the_words_still_come(own_folder, capsys):
+    (log(FALLING) / "curve.png").mkdir()
+    run("--curve", "run", expect=2)
+    out, err = capsys.readouterr()
+    assert "still falling: " in out and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_a_loss_that_is_no_number_is_a_divergence(own_folder, capsys):
@@ -498,6 +584,7 @@ LOGS = {
     "empty": ("", "line 1, is not that of a training log"),
     "other columns": ("a,b\n1,2\n", "line 1, is not that of a training log"),
     "words": ("step,train_loss,val_loss,val_bits_per_byte\n0,1,2,3\n1,x,2,3\n", "line 3, is not that of a training log"),
+    "endless": (f"step,train_loss,val_loss,val_bits_per_byte\n{10**400},1,2,3\n", "line 2, is not that of a training log"),
     "half a line": ("step,train_loss,val_loss,val_bits_per_byte\n0,1\n", "line 2, is not that of a training log"),
     "bytes": (b"\xff\xfe\x00", "is not that of a training log"),
 }
@@ -533,6 +620,9 @@ BAD = {
     "too little to check": (["--model", "mine", "--check", "--data", "one.txt"], "one.txt is too little text"),
     "negative seed": (["--model", "mine", "--diagnose_text", "--seed", "-1"], "--seed is -1"),
     "endless seed": (["--model", "mine", "--diagnose_text", "--seed", str(2**64)], "--seed is 18446744073709551616"),
+    "no name": (["--model", "mine", "--inspect", "a", "--picture", ""], "--picture '' names no file"),
+    "one of them missing": (["--model", "mine", "nobody", "--data", "words.txt", "--json"], "there is no checkpoint nobody"),
+    "no device": (["--model", "mine", "--data", "words.txt", "--device", "meta"], "device 'meta' is not available"),
     "no folder": (["--model", "mine", "--inspect", "a", "--picture", "no/x.png"], "there is no folder no for --picture"),
     "not a number": (["--model", "poisoned", "--diagnose_text"], "transformer.wte.weight holds numbers that are not finite"),
     "NUL": (["--model", "mine", "--data", "nul.txt"], "nul.txt is not text"),

@@ -875,7 +875,7 @@ def run_training(*flags, expect=None):
 
 def test_training_writes_what_the_design_says(prose, capsys):
     run_training("--data", prose, "--out", "here")
-    assert sorted(os.listdir("here")) == sorted([*gpt.FILES, "log.csv", "loss.png"])
+    assert sorted(os.listdir("here")) == sorted([*gpt.FILES, "log.csv", "loss.png", ".lock"])
     assert Path("here/loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [line.split(",") for line in Path("here/log.csv").read_text().splitlines()]
     assert lines[0] == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm"]
@@ -1008,6 +1008,26 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
     assert error.startswith("error: the ") and "at step 6" in error and "here" in error and "--lr" in error
     assert all(w.isfinite().all() for w in parameters_of("here").values())
     assert Path("here/log.csv").read_text().splitlines()[-1].startswith("4,")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended_or_crashed(prose, capsys):
+    """The first is killed in the middle, with SIGKILL, and its lock does no harm."""
+    flags = [*TINY, "--data", str(prose), "--out", "here", "--max_steps", "100000", "--eval_interval", "5"]
+    with subprocess.Popen([sys.executable, str(ROOT / "gpt.py"), *flags], stderr=subprocess.DEVNULL) as first:
+        try:
+            while not Path("here/training_state.pt").exists():
+                assert first.poll() is None
+                time.sleep(0.1)
+            for second in ([*flags, "--overwrite"], ["--resume", "--out", "here"]):
+                with pytest.raises(SystemExit) as end:
+                    gpt.main(second)
+                error = capsys.readouterr().err.splitlines()[-1]
+                assert end.value.code == 2 and error.startswith("error: another process is at work in here"), error
+        finally:
+            first.kill()
+    step = gpt.load_run("here")["step"]
+    gpt.main(["--resume", "--out", "here", "--max_steps", str(step + 5)])
+    assert gpt.load_run("here")["step"] == step + 5
 
 
 def test_two_processes_compute_what_one_computes(prose):

@@ -156,7 +156,7 @@ def test_what_is_not_there_is_not_asked_for_again(server):
 
 def test_a_second_download_of_the_same_model_is_refused_while_the_first_goes_on(server):
     fetch, folder = hub.open_source("owner/name")
-    with hub.locked(folder), pytest.raises(gpt.InputError, match="another process is downloading"):
+    with gpt.locked(folder), pytest.raises(gpt.InputError, match="another process is at work in"):
         fetch("config.json")
     assert fetch("config.json").read_bytes() == FILES["config.json"]
 
