@@ -204,7 +204,6 @@ def describe(model, data, config, dtype):
 
 def load_data(names, tokenizer, block_size, config):
     """-> training data, validation data, fingerprint of the text."""
-    """-> training data, validation data, fingerprint of the text."""
     if any(name.endswith(".jsonl") for name in names):
         require(all(name.endswith(".jsonl") for name in names), f"{' '.join(names)} mixes .jsonl with other texts: give one kind")
         missing = [name for name in names if not Path(name).is_file()]
