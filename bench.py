@@ -276,7 +276,8 @@ def main(argv=None):
     names = args.parts or ["train", "generate"]
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
-    require(args.rounds >= 1 and (args.steps is None or args.steps >= 1), "--rounds and --steps are at least 1")
+    require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")
+    require(args.steps is None or 1 <= args.steps <= 10**6, f"--steps is {args.steps}, expected 1 to 1,000,000")
     if args.only:
         workloads = PARTS[names[0]].workloads
         require(len(names) == 1 and args.only in workloads, f"--only is one of {', '.join(map(repr, workloads))}")

@@ -25,6 +25,7 @@ import gpt
 import hub
 from gpt import EOT, GPT, GPTConfig, InputError, Tokenizer, command, load_checkpoint, require, save_checkpoint, say
 from hub import open_source, read_json
+from models import short_name
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PARAGRAPH = (
@@ -236,13 +237,13 @@ def main(argv=None):
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(PARAGRAPH)][: config.block_size + 1]])
     with torch.no_grad():
         loss, guess = model(ids[:, :-1], ids[:, 1:])[1].item(), math.log(config.vocab_size)
-    size = sum(p.numel() for p in model.parameters())
+    size = model.config.n_parameters
     print(f"{out}: {size:,} parameters in {12 * config.n_layer + 4} tensors, {4 * config.n_layer} of them transposed; context "
           f"{config.block_size:,}, vocabulary {tokenizer.vocab_size:,}\nloss on a paragraph of English: {loss:.2f} nats per "
           f"token, where guessing has ln {config.vocab_size} = {guess:.2f}")  # fmt: skip
     if loss > guess:
         say("that is no better than guessing: these weights are untrained, or not what config.json says")
-    shown = gpt.short_name(out)
+    shown = short_name(out)
     say(f'try: python sample.py --model {shown} --prompt "Learning is"\nproof: python verify_gpt2.py {shown}')
 
 

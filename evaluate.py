@@ -20,10 +20,10 @@ import torch
 
 import gpt
 import lens
-import quantize
 import sanity
-from gpt import InputError, TokenDataset, command, find_checkpoint, load_checkpoint, require, say
+from gpt import InputError, TokenDataset, command, load_checkpoint, require, say
 from hub import read_json
+from models import find_checkpoint, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How good: models on a text.
@@ -68,21 +68,17 @@ def score(name, args):
     folder = find_checkpoint(name)
     names, split, val_bytes = text_of(folder, args)
     require(names, f"{name} has no text of its own: give one by --data")
-    model, tokenizer = load_checkpoint(folder)
+    device, int8 = gpt.resolve_device(args.device), args.dtype == "int8"
+    model, tokenizer = open_model(folder, device, "int8" if int8 else "float32")
     context = model.config.block_size if args.context is None else args.context
     require(1 <= context <= model.config.block_size, f"--context {context} does not fit {name}: 1 to {model.config.block_size}")
     stride = context if args.stride is None else args.stride
     require(1 <= stride <= context, f"--stride {stride} would skip tokens: 1 to the context of {context}")
-    device = gpt.resolve_device(args.device)
-    parameters = sum(p.numel() for p in model.parameters())
-    if args.dtype == "int8":
-        quantize.quantize(model)
-    model.to(device)
     data = StridedDataset(tokens_of(names, tokenizer, split, val_bytes), context, stride)
     began = time.perf_counter()
-    dtype = torch.float32 if args.dtype == "int8" else gpt.resolve_dtype(args.dtype, device)
+    dtype = torch.float32 if int8 else gpt.resolve_dtype(args.dtype, device)
     figures = gpt.evaluate(model, data, tokenizer, args.batch_size or max(1, 4096 // context), dtype)
-    return {"model": name, "parameters": parameters, "data": names, "split": split, "context": context, "stride": stride, **figures,
+    return {"model": name, "parameters": model.config.n_parameters, "data": names, "split": split, "context": context, "stride": stride, **figures,
             "tokens_per_second": figures["tokens"] / (time.perf_counter() - began)}  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 import gpt
 from convert_gpt2 import SAME, SHAPE, TRANSPOSED, characters
-from gpt import EOT, InputError, command, find_checkpoint, load_checkpoint, require, say, write
+from gpt import EOT, InputError, command, load_checkpoint, require, say, write
+from models import find_checkpoint
 
 GGUF_NAMES = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
               "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
@@ -155,7 +156,7 @@ def main(argv=None):
     else:
         to_gguf(model, tokenizer, out, args.dtype)
         use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size:,}")
+    print(f"{out}: {model.config.n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
     say(f"try: {use}")
 
 

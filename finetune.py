@@ -8,7 +8,6 @@ The loop is gpt.py's. What is frozen keeps no gradient and no optimizer state; a
 backward pass goes there.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 import gpt
 import lora
-from gpt import InputError, TokenDataset, command, find_checkpoint, flag, load_checkpoint, require, say
+from gpt import InputError, TokenDataset, command, flag, load_checkpoint, require, say
+from models import find_checkpoint, short_name
 
 METHODS = {  # name -> (is this parameter trained?, peak learning rate, what that is)
     "full": (lambda name, last: True, 1e-3, "every parameter"),
@@ -224,7 +224,7 @@ def report(rows, config, tokenizer, device, dtype, old, before):
         after = gpt.evaluate(load_checkpoint(config.out)[0].to(device), old, tokenizer, config.batch_size, dtype)
         print(f"{' '.join(config.also_eval)}: {before['bits_per_byte']:.4f} bits per byte before, {after['bits_per_byte']:.4f} after: "
               f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f} forgotten")  # fmt: skip
-    say(f"try: python sample.py --model {config.model} {gpt.short_name(config.out)}")
+    say(f"try: python sample.py --model {config.model} {short_name(config.out)}")
 
 
 @command
@@ -272,7 +272,7 @@ def main(argv=None):
         Path(config.save_adapter).mkdir(parents=True, exist_ok=True)  # if that fails, then before the work
     facts = {"text": text, "base": gpt.digest_file(base / "model.safetensors", hashlib.sha256()).hexdigest()}
     alone = gpt.world()[0] == 0
-    with gpt.locked(config.out) if alone else contextlib.nullcontext():
+    with gpt.locked(config.out):
         rows = gpt.train(model, tokenizer, train_data, val_data, config, run, overwrite, publish, **facts)
     if gpt.dist.is_initialized():
         gpt.dist.destroy_process_group()

@@ -52,7 +52,7 @@ def require(condition, message):
 # Configuration. Every field is also a command-line flag, and the words beside it are its help.
 
 
-def flag(default, reason, low=0, high=math.inf, choices=None):
+def flag(default, reason, low=0, high=2**40, choices=None):
     factory = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**factory, metadata={"help": reason, "low": low, "high": high, "choices": choices})
 
@@ -66,7 +66,7 @@ def check_fields(config):
             fits, expected = value in rule["choices"], "one of " + ", ".join(rule["choices"])
         elif kind in (int, float):
             fits = fits and rule["low"] <= value <= rule["high"]
-            expected = f"at least {rule['low']}" if rule["high"] == math.inf else f"{rule['low']} to {rule['high']}"
+            expected = f"{rule['low']} to {rule['high']}"
         require(fits, f"{field.name} is {value!r}, expected {expected}")
 
 
@@ -84,6 +84,11 @@ class GPTConfig:
     def __post_init__(self):
         check_fields(self)
         require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    @property
+    def n_parameters(self):
+        """Embeddings of tokens (which are the head, too) and positions; 12 C² + 13 C in each block; the final norm."""
+        return (self.vocab_size + self.block_size + 2) * self.n_embd + self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd)
 
     @classmethod
     def preset(cls, name):
@@ -720,7 +725,10 @@ FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_sta
 
 @contextmanager
 def locked(folder):
-    """Keep other processes out of a folder; the lock belongs to an open file, so a crash lets go of it."""
+    """Keep other runs out of a folder; the lock belongs to an open file, so a crash lets go of it."""
+    if world()[0] > 0:  # the first process of several holds it for all
+        yield
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w") as file:
         try:
@@ -759,29 +767,6 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, **f
     write(folder / "tokenizer.tiktoken", tokenizer.dumps())
     described = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer.kind} | facts
     write(folder / "config.json", json.dumps(described, indent=2) + "\n")
-
-
-def find_checkpoint(name):
-    """A folder, or a name under checkpoints/ -> the folder; raises InputError with the command that would make it."""
-    for folder in (Path(name), Path("checkpoints") / name):
-        if (folder / "tokenizer.tiktoken").is_file():  # config.json alone could be another library's
-            return folder
-    for folder in (Path(name), Path("checkpoints") / name):
-        require(not (folder / "config.json").is_file(), f"{folder} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
-                f"is a GPT-2, make one with `python convert_gpt2.py {folder} --out DIR`")  # fmt: skip
-        require(not (folder / "adapter_config.json").is_file(), f"{folder} is an adapter: python sample.py --model ITS_BASE --adapter "
-                f"{folder}")  # fmt: skip
-    near = difflib.get_close_matches(str(name), [path.parent.name for path in Path("checkpoints").glob("*/tokenizer.tiktoken")], 1)
-    require(not near, f"there is no checkpoint {name}: did you mean {', '.join(near)}?")
-    made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
-    make = next((made_by[key] for key in made_by if key in name), f"gpt.py --out {folder if Path(name).name == name else name}")
-    raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")
-
-
-def short_name(folder):
-    """What --model may call a checkpoint that exists: its name alone, where that leads to it."""
-    name = Path(folder).name
-    return name if Path(folder) == Path("checkpoints", name) == find_checkpoint(name) else folder
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -877,17 +862,19 @@ def resume_run(given, script="gpt.py", changeable=CHANGEABLE):
 class Muon(torch.optim.Muon):
     """Muon (Jordan 2024): momentum whose matrix is replaced by the nearest orthogonal one, so all directions move alike.
 
-    The update of torch.optim.Muon; matrices of one shape are stacked and orthogonalized together, in half the time.
+    The update of torch.optim.Muon. Matrices of one shape are stacked and orthogonalized together, in bfloat16 only where
+    the processor computes it natively, as emulating it takes longer than the rest of the step.
     """
 
     @torch.no_grad()
     def step(self):
         (group,), shapes = self.param_groups, defaultdict(list)
+        dtype = resolve_dtype("auto", group["params"][0].device)
         for p in group["params"]:
             if p.grad is not None:
                 shapes[tuple(sorted(p.shape))].append(p)
         for (short, long), params in shapes.items():
-            stack = torch.empty(len(params), short, long, dtype=torch.bfloat16, device=params[0].device)
+            stack = torch.empty(len(params), short, long, dtype=dtype, device=params[0].device)
             for p, wide in zip(params, stack, strict=True):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -939,6 +926,11 @@ def resolve_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError, InputError) as error:
         raise InputError(f"device {name!r} is not available here: use --device auto or cpu") from error
+
+
+def memory_here():
+    """Bytes of this machine's memory; infinite where it does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def resolve_dtype(name, device):
@@ -1171,6 +1163,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
+        for name, value in vars(args).items():
+            given = value if isinstance(value, list) else [value]
+            require("" not in given or name == "prompt", f"--{name} is empty: give it a value")
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
@@ -1248,11 +1243,9 @@ def main(argv=None):
     passes = config.max_steps * config.batch_size * config.grad_accum * shape.block_size / len(train_tokens)
     if "dropout" not in values and passes > 4:  # what is seen often is learned by heart unless something stands against it
         shape = dataclasses.replace(shape, dropout=0.15)
-    with torch.device("meta"):  # shapes without memory
-        size = sum(p.numel() for p in GPT(shape).parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    require(16 * size < memory or device.type != "cpu", f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, "
-            f"gradients and averages, and this machine has {memory / 1e9:,.0f} GB")  # fmt: skip
+    size = shape.n_parameters
+    require(16 * size < memory_here() or device.type != "cpu", f"{size:,} parameters need {16 * size / 1e9:,.0f} GB for weights, "
+            f"gradients and averages, and this machine has {memory_here() / 1e9:,.0f} GB")  # fmt: skip
     torch.manual_seed(config.seed)
     model, healthy = GPT(shape).to(device), math.log(shape.vocab_size) + 0.0002 * shape.n_embd
     say(
@@ -1262,13 +1255,13 @@ def main(argv=None):
         f"{shape.dropout}; {len(val_tokens):,} to validate on\n"
         f"a healthy first loss: ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token"
     )
-    with locked(config.out) if world()[0] == 0 else nullcontext():
+    with locked(config.out):
         rows = train(model, tokenizer, train_data, val_data, config, run, overwrite, text=text)
     best = min(rows, key=lambda row: row["val_loss"])
     if world()[0] == 0:
         print(f"best at step {best['step']:,}: validation loss {best['val_loss']:.4f}, {best['val_bits_per_byte']:.4f} bits "
               f"per byte; saved in {config.out}, the curve as {config.out}/loss.png")  # fmt: skip
-        say(f"try: python sample.py --model {short_name(config.out)}")
+        say(f"try: python sample.py --model {config.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

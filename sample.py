@@ -59,21 +59,11 @@ class Speaker:
 
     def __init__(self, name, args):
         import gpt
+        import models
 
         self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
         self.device = gpt.resolve_device(args.device)
-        folder = gpt.find_checkpoint(name)
-        self.model, self.tokenizer = gpt.load_checkpoint(folder)
-        if args.adapter:
-            import lora
-
-            lora.load_adapter(self.model, args.adapter, folder)
-        if args.dtype == "int8":
-            import quantize
-
-            quantize.quantize(self.model).to(self.device)
-        else:
-            self.model.to(self.device, gpt.resolve_dtype(args.dtype, self.device))
+        self.model, self.tokenizer = models.open_model(models.find_checkpoint(name), self.device, args.dtype, args.adapter)
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
     def tokens(self, prompt):
@@ -168,9 +158,8 @@ def run(argv):
     args = add_arguments(Parser(prog="sample.py")).parse_args(argv)
     check_sampling(args.temperature, args.top_k, args.top_p)
     require(args.max_new_tokens >= 1, f"--max_new_tokens is {args.max_new_tokens}, expected at least 1")
-    require(args.num_samples >= 1, f"--num_samples is {args.num_samples}, expected at least 1")
+    require(1 <= args.num_samples <= 4096, f"--num_samples is {args.num_samples}, expected 1 to 4096")
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
-    require(all(args.stop), "--stop is empty: give the text to stop at")
     require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
     require(args.adapter is None or len(args.model) == 1, "--adapter belongs to one model: name only that by --model")
     require(args.adapter is None or args.dtype != "int8", "--adapter goes with float32 or bfloat16: int8 would lose it")

@@ -22,9 +22,10 @@ from tqdm import tqdm
 import gpt
 from convert_gpt2 import PARAGRAPH, convert
 from export import to_hf
-from gpt import GPT, GPTConfig, InputError, Tokenizer, command, find_checkpoint, load_checkpoint, require, say
+from gpt import GPT, GPTConfig, InputError, Tokenizer, command, load_checkpoint, require, say
 from hub import read_json
 from mistakes import MISTAKES, making
+from models import find_checkpoint
 
 TOLERANCE = 1e-5  # largest relative error of float32 logits: max |difference| / max |reference|
 

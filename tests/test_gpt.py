@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import gpt
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
+from models import find_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -753,13 +754,13 @@ def test_a_damaged_checkpoint_is_refused(own_folder, name, change):
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(own_folder):
     with pytest.raises(InputError, match=r"python gpt\.py --out checkpoints/mine"):
-        gpt.find_checkpoint("mine")
+        find_checkpoint("mine")
     with pytest.raises(InputError, match=r"python convert_gpt2\.py gpt2-medium`"):
-        gpt.find_checkpoint("gpt2-medium")
+        find_checkpoint("gpt2-medium")
     with pytest.raises(InputError, match=r"python finetune\.py --model gpt2`"):
-        gpt.find_checkpoint("gpt2-finetuned")
+        find_checkpoint("gpt2-finetuned")
     with pytest.raises(InputError, match=r"--out checkpoints/mine`"):
-        gpt.find_checkpoint("checkpoints/mine")
+        find_checkpoint("checkpoints/mine")
 
 
 def test_a_write_that_fails_leaves_the_old_file(own_folder):
