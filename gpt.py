@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import heapq
 import itertools
@@ -23,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -153,6 +155,7 @@ PRESETS = {  # dicts of flag defaults; flags that are given win
 
 EOT = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what GPT-2 takes for a word
+LONGEST_WORD = 64  # bytes in which merges are looked for together
 
 
 def train_bpe(texts, vocab_size):
@@ -161,7 +164,10 @@ def train_bpe(texts, vocab_size):
     The counts of all pairs are kept up to date: a merge visits only the words that contain the pair.
     """
     counts = Counter(itertools.chain.from_iterable(regex.findall(SPLIT, text) for text in texts))
-    words = [(list(word.encode()), count) for word, count in counts.items()]
+    words = []  # (its bytes, how often it occurs); a long word in pieces, as each merge goes through all of it
+    for word, count in counts.items():
+        spelled = list(word.encode())
+        words += [(spelled[at : at + LONGEST_WORD], count) for at in range(0, len(spelled), LONGEST_WORD)]
     pairs, places = Counter(), defaultdict(set)  # pair -> how often it occurs; pair -> the words it occurs in
     for i, (word, count) in enumerate(words):
         for pair in itertools.pairwise(word):
@@ -181,16 +187,20 @@ def train_bpe(texts, vocab_size):
         changed = Counter()
         for i in places.pop(pair):
             word, count = words[i]
-            for neighbours in itertools.pairwise(word):
-                changed[neighbours] -= count
             at = 0
             while at < len(word) - 1:
-                if (word[at], word[at + 1]) == pair:
+                if word[at] == pair[0] and word[at + 1] == pair[1]:
                     word[at : at + 2] = [new]
+                    changed[pair] -= count
+                    for left in word[at - 1 : at] if at else ():
+                        changed[left, pair[0]] -= count
+                        changed[left, new] += count
+                        places[left, new].add(i)
+                    for right in word[at + 1 : at + 2]:
+                        changed[pair[1], right] -= count
+                        changed[new, right] += count
+                        places[new, right].add(i)
                 at += 1
-            for neighbours in itertools.pairwise(word):
-                changed[neighbours] += count
-                places[neighbours].add(i)
         for neighbours, change in changed.items():
             pairs[neighbours] += change
             if change and pairs[neighbours]:
@@ -233,7 +243,14 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode: {error}") from error
+        if regex.search(r"\s{99999}", text):  # tiktoken's search for words overflows its stack at a million blanks
+            return [i for word in regex.findall(SPLIT, text) for i in self.one_word.encode_ordinary(word)]
         return self.encoding.encode_ordinary(text)
+
+    @functools.cached_property
+    def one_word(self):
+        """The same merges for a text that is one word."""
+        return tiktoken.Encoding(self.kind, pat_str="(?s).+", mergeable_ranks=self.ranks, special_tokens={})
 
     def decode(self, ids):
         """Token numbers -> text; bytes that form no character become U+FFFD."""
@@ -616,13 +633,15 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     temperature divides the logits, and 0 takes the largest; top_k keeps the k most probable tokens; top_p, of these,
     the fewest that reach the probability p together (nucleus sampling, Holtzman et al. 2020, 3.1).
     """
-    if temperature == 0:
+    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
+    if temperature < 1e-9:  # 0, or so near to it that the division would overflow
         return logits.argmax(-1, keepdim=True)
     V = logits.shape[-1]
     values, tokens = logits.float().topk(V if top_k is None else min(top_k, V))  # most probable first, (B, k)
     probs = (values / temperature).softmax(-1)
     if top_p is not None:  # the token that crosses the threshold stays: what came before it had not reached p
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill((before >= top_p) & (before > 0), 0)
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
 
@@ -779,6 +798,8 @@ def load_checkpoint(folder, device="cpu"):
         require(tokenizer.vocab_size <= config.vocab_size, "the tokenizer is larger than the model's vocabulary")
         with safe_open(folder / "model.safetensors", "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            kinds = {file.get_slice(name).get_dtype() for name in found} - {"F32", "BF16", "F16"}
+            require(not kinds, f"model.safetensors holds numbers of type {', '.join(sorted(kinds))}")
             require(len(found) == 12 * config.n_layer + 4, f"{len(found)} tensors do not make {config.n_layer} blocks")
             with torch.device("meta"):  # shapes without memory
                 model = GPT(config)
@@ -788,7 +809,7 @@ def load_checkpoint(folder, device="cpu"):
             weights = {name: file.get_tensor(name).float() for name in wanted}
         poisoned = [name for name, weight in weights.items() if not weight.isfinite().all()]
         require(not poisoned, f"{', '.join(poisoned[:3])} holds numbers that are not finite")
-    except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is not a readable checkpoint: {error}") from error
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie()
@@ -813,6 +834,12 @@ def plot(rows, path, marks=()):
     axes.legend()
     with replacing(path) as part:
         figure.savefig(part, dpi=120, format="png")
+    del figure, axes
+    gc.collect()  # a figure is full of cycles; a hundred of them would wait in memory until Python looks for such
+
+
+RUN = {"step": int, "tokens": int, "seconds": float, "losses": list, "rows": list, "best": dict, "best_weights": dict,
+       "weights": dict, "optimizers": list, "config": dict, "tokenizer": list}  # fmt: skip
 
 
 def save_run(run, model, tokenizer, config, publish):
@@ -834,11 +861,35 @@ def load_run(folder):
     path = Path(folder) / "training_state.pt"
     require(path.is_file(), f"there is nothing to resume in {folder}: it has no training_state.pt")
     try:
+        require(zipfile.ZipFile(path).testzip() is None, "its checksums are wrong")  # which torch.load does not look at
         run = torch.load(path, map_location="cpu", weights_only=True)
-        require({"config", "tokenizer", "rows", "weights", "optimizers", "tokens"} <= run.keys(), "it holds something else")
+        require(all(type(run[key]) is kind for key, kind in RUN.items()), "it holds something else")
+        require([*map(type, run["tokenizer"])] == [str, str], "its tokenizer is none")
+        rows, numbers = run["rows"], [*run["losses"], *(value for row in run["rows"] for value in row.values())]
+        require(rows and all(row.keys() == rows[0].keys() >= {"step", "val_loss", "train_loss", "val_bits_per_byte"} for row in rows)
+                and all(type(number) in (int, float) for number in numbers), "its rows are not those of a log")  # fmt: skip
+        require(math.isfinite(run["best"]["loss"] + run["best"]["step"]) and 0 <= run["step"], "its steps and losses are no numbers")
     except Exception as error:
-        raise InputError(f"{path} is not a readable training state: {error}") from error
+        reason = error if isinstance(error, InputError) else f"it is damaged, or not ours ({type(error).__name__})"
+        raise InputError(f"{path} is not a readable training state: {reason}") from error
     return run
+
+
+def restore(run, model, optimizers):
+    """Put a run's weights, and the optimizers' averages, back in; raises InputError where they do not fit the model."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        for name in ("weights", "best_weights"):
+            require(run[name].keys() == weights.keys() and all(run[name][key].shape == p.shape and run[name][key].isfinite().all()
+                    for key, p in weights.items()), f"its {name} are not those of this model")  # fmt: skip
+        model.load_state_dict(run["weights"], strict=False)
+        for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            require(all(average.shape in ((), params[i].shape) for i, averages in saved["state"].items() for average in averages.values()),
+                    "its averages are not those of this model")  # fmt: skip
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"training_state.pt cannot be resumed: {error}") from error
 
 
 CHANGEABLE = {"out", "max_steps", "lr", "min_lr", "warmup_steps", "grad_clip", "eval_interval", "patience", "device", "dtype",
@@ -850,7 +901,7 @@ def resume_run(given, script="gpt.py", changeable=CHANGEABLE):
     run = load_run(given["out"])
     made_by = "finetune.py" if "base" in run else "gpt.py"
     require(made_by == script, f"{given['out']} is a run of {made_by}: go on with python {made_by} --resume --out {given['out']}")
-    changed = sorted(key for key in given.keys() - changeable if given[key] != run["config"][key])
+    changed = sorted(key for key in given.keys() - changeable if given[key] != run["config"].get(key))
     require(not changed, f"--resume cannot change {', '.join(changed)}: begin a new run with another --out")
     return run, run["config"] | given
 
@@ -1024,9 +1075,12 @@ def gradients(model, data, step, config, dtype):
 
 @contextmanager
 def noting_signals():
-    """Within, Ctrl-C and SIGTERM are only noted in the list that this yields; a second one ends the process at once."""
+    """Within, Ctrl-C and SIGTERM are only noted in the list that this yields; a second one ends the process at once.
+
+    Not so under torchrun: it passes each signal on, which so comes twice, and itself ends what does not end.
+    """
     noted, signals = [], (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = [signal.signal(s, lambda s, _: os._exit(128 + s) if noted else noted.append(s)) for s in signals]
+    before = [signal.signal(s, lambda s, _: os._exit(128 + s) if noted and world()[1] == 1 else noted.append(s)) for s in signals]
     try:
         yield noted
     finally:
@@ -1061,9 +1115,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
     if run:
         changed = [what for what, fingerprint in facts.items() if run.get(what) != fingerprint]
         require(not changed, f"the {' and the '.join(changed)} changed since the run in {config.out} began: begin a new one")
-        model.load_state_dict(run["weights"], strict=False)
-        for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        restore(run, model, optimizers)
         if rank == 0:
             save_run(run, model, tokenizer, config, publish)  # mends what a crash may have left undone
     else:
@@ -1089,7 +1141,11 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
         run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind]
         if rank == 0:
-            save_run(run, model, tokenizer, config, publish)
+            try:
+                save_run(run, model, tokenizer, config, publish)
+            except OSError as error:
+                raise InputError(f"step {run['step']:,} could not be saved: {error}; what {config.out} held before is whole, and --resume "
+                                 "goes on from it") from error  # fmt: skip
 
     def validate():
         figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
@@ -1164,8 +1220,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         for name, value in vars(args).items():
-            given = value if isinstance(value, list) else [value]
-            require("" not in given or name == "prompt", f"--{name} is empty: give it a value")
+            for given in value if isinstance(value, list) else [value]:
+                require(given != "" or name == "prompt", f"--{name} is empty: give it a value")
+                require(not regex.search("[\0\ud800-\udfff]", str(given)), f"--{name} is no text: {given!r}")
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
             self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
@@ -1194,9 +1251,12 @@ def command(main):
         except (InputError, OSError, MemoryError) as error:
             message, status = error, 2
         except RuntimeError as error:
-            if "alloc" not in str(error) and "out of memory" not in str(error):
+            if world()[1] > 1 and "peer" in str(error):
+                message, status = "another process of this run has died: --resume goes on from the last save", 1
+            elif "alloc" in str(error) or "out of memory" in str(error):
+                message, status = "out of memory: choose a smaller model, context or batch", 2
+            else:
                 raise
-            message, status = "out of memory: choose a smaller model, context or batch", 2
         print("error:", " ".join(str(message).split()), file=sys.stderr)
         raise SystemExit(status)
 

@@ -1,3 +1,5 @@
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -110,3 +113,22 @@ def published(folder, tokenizer=None, seed=0, **shape):
     model = enlarge(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)), seed)
     model.save_pretrained(folder)
     return model
+
+
+def check_files(folder, interval=4):
+    """Whatever is there under its final name is whole."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+        elif path.suffix == ".pt":
+            gpt.load_run(folder)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(path.open()))
+            assert [int(row["step"]) for row in rows] == list(range(0, interval * len(rows), interval)) and None not in rows[-1].values()
+        elif path.suffix == ".png":
+            assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")

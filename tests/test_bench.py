@@ -75,8 +75,8 @@ def test_unasked_it_trains_and_generates_and_leaves_out_what_is_not_installed(mo
 
 BAD = {
     "nothing": (["nothing"], "there is no part nothing: choose among finetune, train"),
-    "no rounds": (["finetune", "--rounds", "0"], "are at least 1"),
-    "no steps": (["finetune", "--steps", "0"], "are at least 1"),
+    "no rounds": (["finetune", "--rounds", "0"], "--rounds is 0"),
+    "no steps": (["finetune", "--steps", "0"], "--steps is 0"),
     "another workload": (["finetune", "--only", "prayer"], "--only is one of 'transformers"),
 }
 

@@ -1,15 +1,12 @@
 """Killed at any moment, a run goes on as if nothing had happened."""
 
-import csv
-import json
 import multiprocessing
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, parameters_of
-from safetensors import safe_open
+from conftest import TINY, check_files, parameters_of
 
 import gpt
 
@@ -23,25 +20,6 @@ def started(argv):
     process = context.Process(target=gpt.main, args=(argv,))
     process.start()
     return process
-
-
-def check_files(folder):
-    """Whatever is there under its final name is whole."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
-        elif path.suffix == ".pt":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(path.open()))
-            assert [int(row["step"]) for row in rows] == list(range(0, 3 * len(rows), 3)) and None not in rows[-1].values()
-        elif path.suffix == ".png":
-            assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
@@ -64,7 +42,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_in_peace(prose
         else:
             assert process.exitcode == 0
         if folder.exists():
-            check_files(folder)
+            check_files(folder, interval=3)
     for folder in Path().glob("run*"):
         for name, weight in parameters_of(folder).items():
             assert torch.equal(weight, parameters_of("whole")[name]), name

@@ -536,11 +536,11 @@ ADAPTERS = {
     "another base": (lambda folder: change(folder, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "infinite": (lambda folder: change(folder, lora_alpha=math.inf), "lora_alpha in adapter is inf"),
     "no number": (lambda folder: change(folder, lora_alpha="16"), "lora_alpha in adapter is '16'"),
-    "rank as text": (lambda folder: change(folder, r="8"), "is not a readable adapter"),
+    "rank as text": (lambda folder: change(folder, r="8"), "is '8', not that of its tensors"),
     "the head": (lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"), "has .'lm_head.lora_A'., which is none of attn"),
     "no block": (lambda folder: rename(folder, "h.2.", "h.7."), "does not fit the model at transformer.h.2"),
     "no rank": (lambda folder: change(folder, r=None), "is not a readable adapter"),
-    "another rank": (lambda folder: change(folder, r=3), "does not fit the model at"),
+    "another rank": (lambda folder: change(folder, r=3), "is 3, not that of its tensors"),
     "dora": (lambda folder: change(folder, use_dora=True), "is not plain LoRA: use_dora is True"),
     "another kind": (lambda folder: change(folder, peft_type="IA3"), "is not plain LoRA: peft_type is 'IA3'"),
 }

@@ -36,6 +36,15 @@ def test_commands_use_flags_that_exist(line):
     assert flags <= set(regex.findall(r"(?<=^\s*|[\s,])--\w+", help_of(name)))
 
 
+@pytest.mark.parametrize("line", sorted(set(regex.findall(r"`pytest ([^`]+)`", README))))
+def test_the_tests_that_are_named_exist(line):
+    words = shlex.split(line)
+    files = [ROOT / word for word in words if word.startswith("tests/")] or list((ROOT / "tests").glob("test_*.py"))
+    names = regex.findall(r"def (test_\w+)", "".join(path.read_text(encoding="utf-8") for path in files))
+    for word in words[words.index("-k") + 1].split(" or ") if "-k" in words else [""]:
+        assert any(word in name for name in names), word
+
+
 def test_commands_that_train_have_values_that_fit():
     lines = [line for line in COMMANDS if "--help" not in line and "gpt.py" in shlex.split(line)[: 3 if line.startswith("torchrun") else 2]]
     assert len(lines) > 12

@@ -1,0 +1,406 @@
+"""Files that are damaged or made to harm, and texts nobody meant: an error line, never code run, memory taken or an interpreter crashed."""
+
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+from conftest import PROSE, TINY, published, script
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import convert_gpt2
+import evaluate
+import finetune
+import gpt
+import lora
+from gpt import InputError, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A trained checkpoint, an adapter on it, and a published model: the files that the tests below spoil copies of."""
+    home, here = tmp_path_factory.mktemp("home"), Path.cwd()
+    os.chdir(home)
+    try:
+        Path("prose.txt").write_text(PROSE)
+        gpt.main([*TINY, "--data", str(home / "prose.txt"), "--out", "model", "--max_steps", "8"])
+        flags = ["--data", str(home / "prose.txt"), "--out", "tuned", "--max_steps", "2", "--save_adapter", "adapter", "--batch_size", "2"]
+        finetune.main(["--model", "model", *flags])
+        published("hf")
+    finally:
+        os.chdir(here)
+    return home
+
+
+def spoil(data, chance):
+    """Bytes -> other bytes, in one of the ways in which files go wrong."""
+    data = bytearray(data)
+    at, way = chance.randrange(len(data)), chance.choice(["cut", "flip", "flips", "noise", "insert", "digit", "zeros", "twice"])
+    if way == "cut":
+        del data[at:]
+    elif way in ("flip", "flips"):
+        for _ in range(1 if way == "flip" else 40):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif way == "noise":
+        data[at : at + 50] = chance.randbytes(50)
+    elif way == "insert":
+        data[at:at] = chance.randbytes(chance.randrange(1, 20))
+    elif way == "digit":  # another number where one stands: in JSON, in a header, in a table
+        places = [i for i, byte in enumerate(data[:5000]) if 48 <= byte <= 57] or [at]
+        data[chance.choice(places)] = chance.choice(b"0123456789-.e")
+    elif way == "zeros":
+        data[at : at + 200] = bytes(len(data[at : at + 200]))
+    else:
+        data += data[at:]
+    return bytes(data)
+
+
+def use_model(folder):
+    model, tokenizer = gpt.load_checkpoint(folder)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[tokenizer.eot, *tokenizer.encode("The")]]))
+    assert logits.shape == (1, 4, model.config.vocab_size)
+    tokenizer.decode(model.generate(torch.tensor([[tokenizer.eot]]), 2)[0].clamp(max=tokenizer.vocab_size - 1).tolist())
+
+
+def use_run(folder):
+    gpt.load_run(folder)
+
+
+def use_log(folder):
+    evaluate.read_curve(evaluate.read_log(folder / "log.csv"))
+
+
+def use_adapter(folder):
+    lora.load_adapter(gpt.load_checkpoint(folder.parent / "model")[0], folder)
+
+
+def use_published(folder):
+    shutil.rmtree("converted", ignore_errors=True)
+    convert_gpt2.main([str(folder), "--out", "converted"])
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "times", "least"),
+    [("model/config.json", use_model, 500, 0.3), ("model/model.safetensors", use_model, 1000, 0.3),
+     ("model/tokenizer.tiktoken", use_model, 500, 0.3), ("model/training_state.pt", use_run, 1000, 0.95), ("model/log.csv", use_log, 500, 0.1),
+     ("adapter/adapter_config.json", use_adapter, 200, 0.1), ("adapter/adapter_model.safetensors", use_adapter, 200, 0.1),
+     ("hf/config.json", use_published, 100, 0.1), ("hf/vocab.json", use_published, 100, 0.1), ("hf/merges.txt", use_published, 100, 0.1),
+     ("hf/model.safetensors", use_published, 100, 0.1)],
+)  # fmt: skip
+def test_a_spoiled_file_is_refused_or_harmless(home, own_folder, name, use, times, least, capsys):
+    """No exception but InputError, and no memory: the address space is closed while a file is read."""
+    folder = own_folder / Path(name).parent
+    for other in ("model", "adapter", "hf"):
+        shutil.copytree(home / other, own_folder / other)
+    whole, chance, refused = (home / name).read_bytes(), random.Random(name), 0
+    use(folder)  # everything that is imported late is now there
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else None
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if taken:
+            resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, limits[1]))
+        for _ in range(times):
+            (own_folder / name).write_bytes(spoil(whole, chance))
+            try:
+                use(folder)
+            except InputError as error:
+                refused += 1
+                assert len(str(error)) < 1000 and str(error).strip()
+            except SystemExit as end:
+                refused += 1
+                error = capsys.readouterr().err.splitlines()[-1]
+                assert end.code == 2 and error.startswith("error: ") and len(error) < 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert refused > least * times, f"only {refused} of {times}"
+
+
+VALUES = [None, True, -1, 0, 10**30, 0.5, math.nan, "", "x", [], {}, [[]], {"a": 1}]
+
+
+def test_every_entry_of_a_config_with_every_kind_of_value_is_refused_or_harmless(home, own_folder):
+    shutil.copytree(home / "model", "model")
+    described, refused = json.loads(Path("model/config.json").read_text()), 0
+    for place in (described, described["model"], described["training"], described["validation"]):
+        for key, value in list(place.items()):
+            for wrong in VALUES:
+                place[key] = wrong
+                Path("model/config.json").write_text(json.dumps(described))
+                try:
+                    use_model(Path("model"))
+                except InputError:
+                    refused += 1
+            place[key] = value
+    assert refused > 80
+
+
+def test_every_entry_of_a_training_state_with_every_kind_of_value_is_an_error_or_harmless(home, own_folder, capsys):
+    """Content that is wrong under checksums that are right, resumed for a step."""
+    shutil.copytree(home / "model", "model")
+    run, statuses = torch.load("model/training_state.pt", weights_only=True), []
+    config = run["config"] | {"data": [str(home / "prose.txt")]}
+    tensors = [torch.zeros(0), torch.full((3,), math.nan), torch.zeros(1).expand(10**12), torch.zeros(2, 2, dtype=torch.int64)]
+    cases = [{key: wrong} for key in run for wrong in VALUES]
+    cases += [{"config": config | {key: wrong}} for key in config for wrong in (None, -1, "x", math.nan, 10**30)]
+    name = next(iter(run["weights"]))
+    tensors.append(torch.full_like(run["weights"][name], math.nan))
+    cases += [{key: run[key] | {name: wrong}} for key in ("weights", "best_weights") for wrong in (*tensors, None, 1)]
+    cases += [{"optimizers": [{**run["optimizers"][0], "state": {0: {"step": torch.tensor(1.0), "exp_avg": wrong}}}, run["optimizers"][1]]}
+              for wrong in (*tensors, None)]  # fmt: skip
+    cases += [{"optimizers": run["optimizers"][:1]}, {"optimizers": [{}, {}]}, {"rows": [{}]}, {"rows": [{"step": 1}]}, {"losses": ["x"]},
+              {"tokenizer": ["", "bytes"]}, {"tokenizer": ["AA== 0\n", "bytes"]}, {"tokenizer": [None, None]}, {"best": {"loss": math.nan}}]  # fmt: skip
+    before = (home / "model/model.safetensors").read_bytes()
+    for case in cases:
+        torch.save(run | {"config": config} | case, "model/training_state.pt")
+        Path("model/model.safetensors").write_bytes(before)
+        try:
+            gpt.main(["--resume", "--out", "model", "--max_steps", "9", "--batch_size", "4"])
+            statuses.append(0)
+        except SystemExit as end:
+            lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert end.code == 2 and len(lines) == 1, (case, lines)
+            assert Path("model/model.safetensors").read_bytes() == before, case
+            statuses.append(2)
+    assert statuses.count(2) > 150
+
+
+def test_headers_that_promise_more_than_the_file_are_refused(home, own_folder):
+    shutil.copytree(home / "model", "model")
+    weights = Path("model/model.safetensors")
+    whole = weights.read_bytes()
+    size = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + size])
+
+    def with_header(changed):
+        text = json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + whole[8 + size :]
+
+    name = "transformer.wte.weight"
+    for content in (
+        struct.pack("<Q", 2**63) + whole[8:],
+        struct.pack("<Q", 2**40) + whole[8:],
+        struct.pack("<Q", 90 * 2**20) + b"{" * 1000,
+        with_header(header | {name: header[name] | {"shape": [2**40, 2**20]}}),
+        with_header(header | {name: header[name] | {"data_offsets": [0, 2**60]}}),
+        with_header(header | {name: header[name] | {"dtype": "F64"}}),
+        with_header(header | {name: header[name] | {"dtype": "I32"}}),
+        with_header(header | {f"extra{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}),
+        b"",
+        b"\0" * 100,
+    ):
+        weights.write_bytes(content)
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+
+
+def test_a_config_that_asks_for_terabytes_takes_no_memory_and_no_time(home, own_folder):
+    shutil.copytree(home / "model", "model")
+    described = json.loads(Path("model/config.json").read_text())
+    began = time.monotonic()
+    for huge in ({"block_size": 2**20}, {"vocab_size": 2**24}, {"n_embd": 2**16}, {"n_layer": 1000}, {"n_layer": 10**9},
+                 {"block_size": 2**20, "n_embd": 2**16, "n_layer": 1000, "vocab_size": 2**24}):  # fmt: skip
+        Path("model/config.json").write_text(json.dumps(described | {"model": described["model"] | huge}))
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+    for deep in ("[" * 10**6, '{"model":' * 10**5, "9" * 10**6):
+        Path("model/config.json").write_text(deep)
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+    assert time.monotonic() - began < 60  # a bound on hanging, not a measurement
+
+
+def test_a_tokenizer_larger_than_the_embedding_or_with_holes_is_refused(home, own_folder):
+    shutil.copytree(home / "model", "model")
+    lines = Path("model/tokenizer.tiktoken").read_text()
+    for wrong in (lines + "AAA= 257\n", lines.replace(" 7\n", " 700\n"), lines.replace(" 7\n", " 8\n"), lines.replace(" 7\n", " -1\n"),
+                  lines.replace(" 7\n", f" {10**30}\n"), lines.replace(" 7\n", " 7 7\n"), lines[: len(lines) // 2], lines + lines):  # fmt: skip
+        Path("model/tokenizer.tiktoken").write_text(wrong)
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("name", ["training_state.pt", "model.safetensors", "config.json", "tokenizer.tiktoken"])
+@pytest.mark.parametrize("save", [torch.save, lambda made, path: path.write_bytes(pickle.dumps(made))], ids=["torch", "pickle"])
+def test_a_pickle_with_a_payload_is_never_executed(home, own_folder, name, save, capsys):
+    shutil.copytree(home / "model", "model")
+    run = torch.load("model/training_state.pt", weights_only=True)
+    save(run | {"config": run["config"] | {"data": Payload()}, "more": Payload()}, Path("model") / name)
+    with pytest.raises(SystemExit) as end:
+        gpt.main(["--resume", "--out", "model"]) if name == "training_state.pt" else evaluate.main(["--model", "model"])
+    assert end.value.code == 2 and not Path("executed").exists()
+
+
+def test_a_checkpoint_of_links_and_folders_is_refused(home, own_folder):
+    for name in gpt.FILES[:3]:
+        shutil.rmtree("model", ignore_errors=True)
+        shutil.copytree(home / "model", "model")
+        Path("model", name).unlink()
+        Path("model", name).symlink_to("/dev/zero" if name == "model.safetensors" else "nowhere")
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+        Path("model", name).unlink()
+        Path("model", name).mkdir()
+        with pytest.raises(InputError):
+            use_model(Path("model"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
+AWKWARD = st.lists(
+    st.sampled_from(["\r\n", "\r", "\n", "\t", " ", "  ", "\u00a0", "\u2028", "\ufeff", "\u202e", "e\u0301", "👩‍👩‍👧", "🏴‍☠️", "שלום", "مرحبا",
+                     "'ll", "<|endoftext|>", "\x00", "\x7f", "\ud7ff", "\U0010ffff", "½", "日本", "a" * 50, " " * 50, "\n" * 20]),
+    max_size=40,
+).map("".join)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    tokenizers = [Tokenizer.bytes(), Tokenizer.bpe([PROSE], 400)]
+    try:
+        return [*tokenizers, Tokenizer.gpt2()]
+    except InputError:  # where its vocabulary is not at hand, the two others stand for it
+        return tokenizers
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT | AWKWARD)
+def test_any_text_round_trips_in_every_vocabulary(vocabularies, text):
+    for tokenizer in vocabularies:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == "".join(tokenizer.stream(ids)) == text and tokenizer.eot not in ids
+        assert int(tokenizer.n_bytes[ids].sum()) == len(text.encode())
+
+
+def test_every_byte_and_every_character_round_trips(vocabularies):
+    for tokenizer in vocabularies[:2]:
+        for start in range(0, 0x110000, 0x4000):
+            text = "".join(chr(i) for i in range(start, start + 0x4000) if not 0xD800 <= i < 0xE000)
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert {token[0] for token in tokenizer.ranks if len(token) == 1} == set(range(256))
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 400), max_size=60))
+def test_any_tokens_decode_to_text_however_they_cut_characters(vocabularies, ids):
+    for tokenizer in vocabularies:
+        valid = [i % tokenizer.vocab_size for i in ids]
+        text = tokenizer.decode(valid)
+        text.encode()  # proper Unicode
+        spelling = {i: token for token, i in tokenizer.ranks.items()} | {tokenizer.eot: gpt.EOT.encode()}
+        assert text == b"".join(spelling[i] for i in valid).decode(errors="replace")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT, surrogate=st.integers(0xD800, 0xDFFF), at=st.integers(0, 300))
+def test_a_lone_surrogate_anywhere_is_a_clear_error(vocabularies, text, surrogate, at):
+    for tokenizer in vocabularies:
+        with pytest.raises(InputError, match="not valid Unicode"):
+            tokenizer.encode(text[:at] + chr(surrogate) + text[at:])
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "é", "👩‍👩‍👧", "x "])
+def test_a_million_characters_without_end_are_tokens_and_text_again(vocabularies, unit):
+    """tiktoken alone gives up at a million blanks."""
+    text = "begin" + (unit * 10**6)[: 10**6] + "end"
+    for tokenizer in vocabularies[1:]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_long_blanks_are_the_tokens_that_tiktoken_finds_where_it_can(vocabularies, monkeypatch):
+    texts = [" " * 5000 + "a\n" + "\n" * 3000 + " b", "\t" * 2000, "x" + " \n" * 2000 + "y  z", "a b"]
+    expected = [[tokenizer.encode(text) for text in texts] for tokenizer in vocabularies]
+    search = regex.search
+    monkeypatch.setattr(gpt.regex, "search", lambda pattern, text: search(pattern.replace("99999", "999"), text))
+    assert [[tokenizer.encode(text) for text in texts] for tokenizer in vocabularies] == expected
+
+
+def test_a_vocabulary_is_learned_from_one_endless_word(vocabularies):
+    word = "".join(random.Random(0).choices("abcdefghij", k=300_000))
+    learned = Tokenizer.bpe([word], 300)
+    assert learned.vocab_size == 300 and learned.decode(learned.encode(word)) == word
+
+
+@pytest.mark.parametrize("line", ["x" * 10**7, " " * 10**7, "word " * (2 * 10**6), "é" * (5 * 10**6)], ids=["x", "blanks", "words", "accents"])
+def test_a_line_of_ten_megabytes_is_read_whole(own_folder, line):
+    Path("long.txt").write_text(line, encoding="utf-8")
+    _, train, val, _ = gpt.prepare(["long.txt"], "bytes")
+    assert len(train) + len(val) == 1 + len(line.encode())
+    assert bytes(np.concatenate([train[1:], val]).astype(np.uint8)) == line.encode()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=ANY_TEXT | AWKWARD, block_size=st.integers(1, 20), stride=st.integers(1, 20), kind=st.sampled_from(["bytes", "bpe"]))
+def test_any_text_is_split_in_two_and_every_window_is_inside_its_split(own_folder, text, block_size, stride, kind):
+    """What is not text, or too little of it, is a clear error; the rest comes back exactly, each part from its own side of the cut."""
+    path = own_folder / "any.txt"
+    path.write_bytes(text.encode())
+    try:
+        tokenizer, train, val, _ = gpt.prepare([str(path)], kind, 300)
+    except InputError as error:
+        assert "\0" in text or "too little text" in str(error), error
+        return
+    assert train[0] == tokenizer.eot and tokenizer.decode([*train[1:], *val]) == text
+    assume(stride <= block_size < len(train))
+    data = gpt.training_windows(train, block_size, stride)
+    x, y = data.batch(range(len(data)))
+    flat = train.astype(np.int64)
+    for i, (inputs, targets) in enumerate(zip(x.numpy(), y.numpy())):
+        inside = targets != -1
+        assert (targets[inside] == flat[i * stride + 1 : i * stride + 1 + inside.sum()]).all()
+        assert (inputs[inside] == flat[i * stride : i * stride + inside.sum()]).all()
+    assert (data.stride < block_size) or (y != -1).sum() == len(train) - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    temperature=st.floats(0, 1e30, allow_nan=False) | st.just(0.0) | st.just(5e-324),
+    top_k=st.none() | st.integers(1, 10**9),
+    top_p=st.none() | st.floats(0, 1, exclude_min=True),
+    rows=st.integers(1, 3),
+)
+def test_any_valid_parameters_sample_a_valid_token(logits, temperature, top_k, top_p, rows):
+    gpt.check_sampling(temperature, top_k, top_p)
+    logits = torch.tensor([logits] * rows)
+    tokens = gpt.next_token(logits, temperature, top_k, top_p)
+    assert tokens.shape == (rows, 1) and ((0 <= tokens) & (tokens < logits.shape[1])).all()
+    if temperature == 0 or top_k == 1:
+        assert (logits.gather(1, tokens) == logits.max()).all()
+
+
+def test_a_prompt_of_a_million_characters_is_cropped_in_bounded_time(home):
+    Path("prompt.txt").write_text("The words come back again. " * 40_000)
+    began = time.monotonic()
+    done = script("sample.py", "--model", str(home / "model"), "--prompt_file", "prompt.txt", "--max_new_tokens", "3")
+    assert done.returncode == 0 and "the context 16: the last ones count" in done.stderr and len(done.stdout) > 10**6
+    assert time.monotonic() - began < 100  # a bound on hanging, not a measurement
+
+
+def test_a_jsonl_of_hostile_lines_is_refused_line_by_line(own_folder):
+    good = '{"text": "fine"}\n'
+    for line in ('{"text": "\\ud800"}', '{"text": "\x00' + '"}', "[" * 10**5, '{"text": 1e999}', "9" * 5000, '{"text": ' + '"a"', "\xff"):
+        Path("bad.jsonl").write_bytes((good + line + "\n").encode("latin1"))
+        with pytest.raises(InputError, match="line 2"):
+            list(finetune.read_jsonl("bad.jsonl"))
