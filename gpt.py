@@ -885,8 +885,9 @@ def restore(run, model, optimizers):
         model.load_state_dict(run["weights"], strict=False)
         for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            require(all(average.shape in ((), params[i].shape) for i, averages in saved["state"].items() for average in averages.values()),
-                    "its averages are not those of this model")  # fmt: skip
+            kept = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            require(all(averages.keys() == kept and {averages[key].shape for key in kept} <= {(), params[i].shape}
+                        for i, averages in saved["state"].items()), "its averages are not those of this model")  # fmt: skip
             optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"training_state.pt cannot be resumed: {error}") from error
