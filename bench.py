@@ -4,12 +4,15 @@
     python bench.py train-large train-gpt2        training at larger shapes
     python bench.py generate-8                    eight streams at once
     python bench.py finetune                      adapting GPT-2
+    python bench.py --scaling                     how time and memory grow with context, width, depth, batch and text
+    python bench.py --plan                        GPT-2's four sizes on 8 and 64 GPUs, by closed forms
 
 Each workload runs in a process of its own, several times in turn with the others. Of the medians over its steps the lowest
 counts, of its peaks in memory, beyond what the process held with all libraries loaded, the highest.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import platform
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 
 import gpt
+import scaling
 from gpt import GPT, GPTConfig, InputError, command, require, say
 
 
@@ -133,21 +137,21 @@ def train_transformers(name, dropout=0.0):
 PROMPT, NEW = 16, 200
 
 
-def generate_ours(dtype, streams=1):
+def generate_ours(dtype, streams=1, prompt=PROMPT, new=None):
     import quantize
 
     model = GPT(GPTConfig.preset("gpt2")).eval()
     model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
-    idx = torch.arange(PROMPT).repeat(streams, 1)
-    return lambda number: model.generate(idx + number, NEW, temperature=0)
+    idx = torch.arange(prompt).repeat(streams, 1)
+    return lambda number: model.generate(idx + number, new or NEW, temperature=0)
 
 
-def generate_transformers(dtype, streams=1):
+def generate_transformers(dtype, streams=1, prompt=PROMPT, new=None):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(eos_token_id=None)).eval().to(getattr(torch, dtype))
-    idx = torch.arange(PROMPT).repeat(streams, 1)
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
+    idx = torch.arange(prompt).repeat(streams, 1)
+    options = {"max_new_tokens": new or NEW, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
     return lambda number: model.generate(idx + number, **options)
 
 
@@ -225,6 +229,13 @@ PARTS = {
         "gpt.py, bfloat16": lambda: generate_ours("bfloat16", 8),
         "gpt.py, int8": lambda: generate_ours("int8", 8),
     }),
+    "first-token": Part("prompts/s", 1, 5, {
+        "transformers, float32": lambda: generate_transformers("float32", prompt=1000, new=1),
+        "gpt.py, float32": lambda: generate_ours("float32", prompt=1000, new=1),
+        "gpt.py, int8": lambda: generate_ours("int8", prompt=1000, new=1),
+    }),
+    "scaling": Part("steps/s", 1, 5, scaling.points(stepping)),
+    "corpus": Part("texts/s", 1, 1, {f"corpus {n}": functools.partial(scaling.tokenizing, n) for n in scaling.CORPUS}),
 }  # fmt: skip
 
 
@@ -271,9 +282,18 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=2, help="how often each workload runs, in turn (default: 2)")
     parser.add_argument("--steps", type=int, help="steps in each, of which the median counts (default: enough for the part)")
     parser.add_argument("--only", help="one workload of one part, in this process")
+    parser.add_argument("--scaling", action="store_true", help="the parts scaling and corpus, with a picture of how costs grow")
+    parser.add_argument("--plan", action="store_true", help="what training GPT-2's four sizes takes on 8 and 64 GPUs, by closed forms")
+    parser.add_argument("--picture", help="where to draw it (default: bench.png or scaling.png)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
-    names = args.parts or ["train", "generate"]
+    require(args.scaling + args.plan + bool(args.parts) <= 1, "PART, --scaling and --plan exclude each other")
+    if args.plan:
+        rows = scaling.plan()
+        return print("\n".join(map(json.dumps, rows))) if args.json else scaling.show_plan(rows)
+    names = args.parts or (["scaling", "corpus"] if args.scaling else ["train", "generate"])
+    picture = Path(args.picture or ("scaling.png" if args.scaling else "bench.png"))
+    require(picture.parent.is_dir(), f"there is no folder {picture.parent} for --picture")
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
     require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")
@@ -283,6 +303,13 @@ def main(argv=None):
         require(len(names) == 1 and args.only in workloads, f"--only is one of {', '.join(map(repr, workloads))}")
         return work(PARTS[names[0]], args.only, args.steps or PARTS[names[0]].steps)
     say(f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
+    if args.scaling:
+        found = {point: figures for name in names for point, figures in measure(name, PARTS[name], args.rounds, args.steps).items()}
+        rows = [scaling.figures(point, figures) for point, figures in found.items()]
+        print("\n".join(map(json.dumps, rows))) if args.json else scaling.show(rows)
+        scaling.plot(rows, picture)
+        return say(f"the same as a picture: {picture}")
+    drawn = {}
     for name in names:
         part = PARTS[name]
         results = measure(name, part, args.rounds, args.steps)
@@ -294,6 +321,9 @@ def main(argv=None):
             memory = "" if found["memory"] is None else f"{found['memory'] / 1e9:.2f} GB"
             line = f"{workload:<30} {row['per_second']:>10,.{0 if part.size > 1 else 2}f} {row['ratio']:>7.2f} {memory:>12}"
             print(json.dumps(row | found) if args.json else line, flush=True)
+            drawn.setdefault(name, {})[workload] = row["ratio"]
+    scaling.plot_ratios(drawn, picture)
+    say(f"the same as a picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def main(argv=None):
     require(Path(args.picture).name, f"--picture {args.picture!r} names no file")
     require(Path(args.picture).parent.is_dir(), f"there is no folder {Path(args.picture).parent} for --picture")
     for name in ("val_bytes", "batch_size", "max_new_tokens"):
-        require(getattr(args, name) is None or getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}, expected at least 1")
+        value = getattr(args, name)
+        require(value is None or 1 <= value <= 2**31, f"--{name} is {value}, expected 1 to 2**31")
     if args.curve is not None:
         return curve(args.curve, args.json)
     require(args.model or args.check, "--model is missing: name a checkpoint, or use --check alone")

@@ -52,7 +52,7 @@ class FinetuneConfig(gpt.TrainConfig):
     also_eval: list = flag([], "texts whose validation part is scored before and after: what the base knew")
     save_adapter: str = flag("", "for lora: a folder for the adapter alone, in the format of PEFT")
     max_steps: int = flag(200, "optimizer steps", 1)
-    batch_size: int = flag(8, "windows per forward pass, over all processes", 1)
+    batch_size: int = flag(8, "windows per forward pass, over all processes", 1, 2**20)
     optimizer: str = flag("adamw", "muon (AdamW beside it) or adamw", choices=("muon", "adamw"))
     lr: float = flag(0.0, "peak learning rate; 0 means the method's own: " + ", ".join(f"{name} {rate}" for name, (_, rate, _) in METHODS.items()), 0, 10)
     warmup_steps: int = flag(10, "steps of linear warm-up, while the optimizer's averages settle")
@@ -245,7 +245,7 @@ def main(argv=None):
     require(base.resolve() != Path(config.out).resolve(), f"--out {config.out} is the base itself: choose another folder")
     if not resume:
         gpt.refuse_existing(config.out, overwrite)
-    if config.save_adapter and not (overwrite or (resume and config.save_adapter == run["config"]["save_adapter"])):
+    if config.save_adapter and not (overwrite or (resume and config.save_adapter == run["config"].get("save_adapter"))):
         full = Path(config.save_adapter).is_dir() and any(Path(config.save_adapter).glob("adapter_*"))
         require(not full, f"{config.save_adapter} already holds an adapter: add --overwrite, or choose another folder")
     device = gpt.join_processes(gpt.resolve_device(config.device))

@@ -107,8 +107,8 @@ class TrainConfig:
     tokenizer: str = flag("bpe", "bpe (learned from the text), bytes or gpt2", choices=("bpe", "bytes", "gpt2"))
     out: str = flag("checkpoints/scratch", "folder for the checkpoint")
     max_steps: int = flag(800, "optimizer steps", 1)
-    batch_size: int = flag(32, "windows per forward pass, over all processes", 1)
-    grad_accum: int = flag(1, "forward passes per step: a larger batch in the same memory", 1)
+    batch_size: int = flag(32, "windows per forward pass, over all processes", 1, 2**20)
+    grad_accum: int = flag(1, "forward passes per step: a larger batch in the same memory", 1, 2**20)
     stride: int = flag(0, "tokens from one window's start to the next; 0 means a quarter of the context")
     val_bytes: int = flag(2**20, "the last tenth of the text is for validation, at most this many bytes", 1)
     optimizer: str = flag("muon", "muon (AdamW beside it) or adamw", choices=("muon", "adamw"))
@@ -156,6 +156,7 @@ PRESETS = {  # dicts of flag defaults; flags that are given win
 EOT = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what GPT-2 takes for a word
 LONGEST_WORD = 64  # bytes in which merges are looked for together
+LONG_BLANK = regex.compile(r"(?<!\s)\s{99999}")
 
 
 def train_bpe(texts, vocab_size):
@@ -192,11 +193,13 @@ def train_bpe(texts, vocab_size):
                 if word[at] == pair[0] and word[at + 1] == pair[1]:
                     word[at : at + 2] = [new]
                     changed[pair] -= count
-                    for left in word[at - 1 : at] if at else ():
+                    if at > 0:
+                        left = word[at - 1]
                         changed[left, pair[0]] -= count
                         changed[left, new] += count
                         places[left, new].add(i)
-                    for right in word[at + 1 : at + 2]:
+                    if at + 1 < len(word):
+                        right = word[at + 1]
                         changed[pair[1], right] -= count
                         changed[new, right] += count
                         places[new, right].add(i)
@@ -243,7 +246,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode: {error}") from error
-        if regex.search(r"\s{99999}", text):  # tiktoken's search for words overflows its stack at a million blanks
+        if LONG_BLANK.search(text):  # tiktoken's search for words overflows its stack at a million blanks
             return [i for word in regex.findall(SPLIT, text) for i in self.one_word.encode_ordinary(word)]
         return self.encoding.encode_ordinary(text)
 
@@ -371,7 +374,7 @@ def find_texts(names):
                 CACHE.mkdir(exist_ok=True)
                 fetch_shakespeare(path)
         require(not name.endswith((".json", ".jsonl")), f"{name} is JSON, not text: finetune.py learns from .jsonl, a document a line")
-        require(path.exists(), f"there is no text at {name}: give a file, a folder, pydoc or shakespeare")
+        require(path.is_file() or path.is_dir(), f"there is no text at {name}: give a file, a folder, pydoc or shakespeare")
         files += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     require(files, f"there is no *.txt in {' '.join(names)}")
     return files
@@ -623,25 +626,31 @@ class Block(nn.Module):
 
 def check_sampling(temperature, top_k, top_p):
     require(0 <= temperature < math.inf, f"temperature is {temperature}, expected 0 or more")
-    require(top_k is None or top_k >= 1, f"top_k is {top_k}, expected at least 1")
+    require(top_k is None or 1 <= top_k <= 2**31, f"top_k is {top_k}, expected 1 to 2**31")
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1")
 
 
-def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Choose a token for each row of logits (B, V) -> (B, 1).
+def choices(logits, temperature=1.0, top_k=None, top_p=None):
+    """Logits (B, V) -> the k tokens to choose among, most probable first (B, k), and their probabilities (B, k).
 
-    temperature divides the logits, and 0 takes the largest; top_k keeps the k most probable tokens; top_p, of these,
-    the fewest that reach the probability p together (nucleus sampling, Holtzman et al. 2020, 3.1).
+    temperature divides the logits; top_k keeps the k most probable tokens; top_p, of these, the fewest that reach the
+    probability p together (nucleus sampling, Holtzman et al. 2020, 3.1), and gives the others the probability 0.
     """
-    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
-    if temperature < 1e-9:  # 0, or so near to it that the division would overflow
-        return logits.argmax(-1, keepdim=True)
     V = logits.shape[-1]
-    values, tokens = logits.float().topk(V if top_k is None else min(top_k, V))  # most probable first, (B, k)
-    probs = (values / temperature).softmax(-1)
+    values, tokens = logits.float().topk(V if top_k is None else min(top_k, V))
+    probs = ((values - values[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # less the largest, so that nothing overflows
     if top_p is not None:  # the token that crosses the threshold stays: what came before it had not reached p
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill((before >= top_p) & (before > 0), 0)
+    return tokens, probs / probs.sum(-1, keepdim=True)
+
+
+def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Choose a token for each row of logits (B, V) -> (B, 1); options as for `choices`, and temperature 0 takes the largest."""
+    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    tokens, probs = choices(logits, temperature, top_k, top_p)
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
 
@@ -651,16 +660,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        tokens, positions = torch.empty(config.vocab_size, config.n_embd), torch.empty(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wte": nn.Embedding.from_pretrained(tokens, freeze=False),
+            "wpe": nn.Embedding.from_pretrained(positions, freeze=False),
             "drop": Dropout(config.dropout),
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.n_embd),
         })  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
-        self.apply(self.init)
+        if not tokens.is_meta:  # a shape without memory, as load_checkpoint makes it
+            self.apply(self.init)
 
     def tie(self):
         """Head and token embedding are one tensor (Press & Wolf 2017)."""
@@ -749,7 +760,8 @@ def locked(folder):
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
+    require(not (Path(folder) / ".lock").is_symlink(), f"{folder}/.lock is a link: remove it")
+    with open(Path(folder) / ".lock", "a") as file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -792,6 +804,7 @@ def load_checkpoint(folder, device="cpu"):
     """-> GPT in eval mode, Tokenizer. Raises InputError for a file that is missing, damaged or does not fit."""
     folder = Path(folder)
     try:
+        require(all((folder / name).is_file() for name in FILES[:3]), f"{', '.join(FILES[:3])} are not all there")
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config, kind = GPTConfig(**described["model"]), described["tokenizer"]
         tokenizer = Tokenizer.loads((folder / "tokenizer.tiktoken").read_text(encoding="utf-8"), kind)
@@ -807,7 +820,7 @@ def load_checkpoint(folder, device="cpu"):
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             require(not wrong, f"model.safetensors does not fit config.json at {', '.join(wrong[:3])}")
             weights = {name: file.get_tensor(name).float() for name in wanted}
-        poisoned = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        poisoned = [name for name, weight in weights.items() if not all(bound.isfinite() for bound in weight.aminmax())]
         require(not poisoned, f"{', '.join(poisoned[:3])} holds numbers that are not finite")
     except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} is not a readable checkpoint: {error}") from error
@@ -844,16 +857,20 @@ RUN = {"step": int, "tokens": int, "seconds": float, "losses": list, "rows": lis
 
 def save_run(run, model, tokenizer, config, publish):
     """Write the whole folder. training_state.pt is the commit point: it holds what all other files are made from."""
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "training_state.pt") as part:
-        torch.save(run, part)
-    facts = {"step": run["best"]["step"], "validation": run["best"], "training": dataclasses.asdict(config)}
+    folder, facts = Path(config.out), {"step": run["best"]["step"], "validation": run["best"], "training": dataclasses.asdict(config)}
     facts |= {"base": run["base"]} if "base" in run else {}
-    save_checkpoint(folder, model, tokenizer, publish(run["best_weights"]), overwrite=True, **facts)
     lines = [run["rows"][0].keys(), *(row.values() for row in run["rows"])]
-    write(folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-    plot(run["rows"], folder / "loss.png")
+    try:
+        if len(run["rows"]) == 1:  # later, a folder that is not there any more has been moved, or is no longer wanted
+            folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "training_state.pt") as part:
+            torch.save(run, part)
+        save_checkpoint(folder, model, tokenizer, publish(run["best_weights"]), overwrite=True, **facts)
+        write(folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+        plot(run["rows"], folder / "loss.png")
+    except OSError as error:
+        raise InputError(f"step {run['step']:,} could not be saved: {error}; what {folder} held before is whole, and --resume goes on "
+                         "from it") from error  # fmt: skip
 
 
 def load_run(folder):
@@ -861,7 +878,11 @@ def load_run(folder):
     path = Path(folder) / "training_state.pt"
     require(path.is_file(), f"there is nothing to resume in {folder}: it has no training_state.pt")
     try:
-        require(zipfile.ZipFile(path).testzip() is None, "its checksums are wrong")  # which torch.load does not look at
+        archive = zipfile.ZipFile(path)
+        require(sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "it unpacks to more than it is")
+        require(archive.testzip() is None, "its checksums are wrong")  # which torch.load does not look at
+        plain = all(b"bytearray" not in archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
+        require(plain, "it holds something else")  # bytearray(10**12) is all that a pickle of plain data can do
         run = torch.load(path, map_location="cpu", weights_only=True)
         require(all(type(run[key]) is kind for key, kind in RUN.items()), "it holds something else")
         require([*map(type, run["tokenizer"])] == [str, str], "its tokenizer is none")
@@ -869,6 +890,8 @@ def load_run(folder):
         require(rows and all(row.keys() == rows[0].keys() >= {"step", "val_loss", "train_loss", "val_bits_per_byte"} for row in rows)
                 and all(type(number) in (int, float) for number in numbers), "its rows are not those of a log")  # fmt: skip
         require(math.isfinite(run["best"]["loss"] + run["best"]["step"]) and 0 <= run["step"], "its steps and losses are no numbers")
+    except MemoryError:
+        raise
     except Exception as error:
         reason = error if isinstance(error, InputError) else f"it is damaged, or not ours ({type(error).__name__})"
         raise InputError(f"{path} is not a readable training state: {reason}") from error
@@ -886,9 +909,11 @@ def restore(run, model, optimizers):
         for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             kept = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            require(all(averages.keys() == kept and {averages[key].shape for key in kept} <= {(), params[i].shape}
-                        for i, averages in saved["state"].items()), "its averages are not those of this model")  # fmt: skip
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+            state = {i: {key: saved["state"][i][key] for key in kept} for i in saved["state"]}
+            require(all(average.shape == (() if key == "step" else params[i].shape) and average.isfinite().all()
+                        for i in state for key, average in state[i].items()), "its averages are not those of this model")  # fmt: skip
+            state = {i: {key: average.float().contiguous() for key, average in state[i].items()} for i in state}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"training_state.pt cannot be resumed: {error}") from error
 
@@ -1015,17 +1040,19 @@ def say(text):
 
 
 @torch.no_grad()
-def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32):
+def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals=()):
     """The model on a whole TokenDataset: loss (nats per token), perplexity, bits_per_byte, accuracy, and tokens, the denominator.
 
     Every counted target weighs the same, however they are batched; bits per byte divides by the bytes of those targets;
-    accuracy is the share of them that the model thought the most probable.
+    accuracy is the share of them that the model thought the most probable. A signal breaks it off, if it is one process.
     """
     (rank, processes), was_training = world(), model.training
     device, sums = next(model.parameters()).device, torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, hits
     model.eval()
     starts = range(rank * batch_size, len(data), processes * batch_size)
     for start in tqdm(starts, desc="evaluating", unit=" batches", delay=1, disable=rank > 0 or None, leave=False):
+        if signals and processes == 1:
+            break
         x, y = data.batch(range(start, min(start + batch_size, len(data))))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, loss = model(x.to(device), y.to(device))
@@ -1081,7 +1108,13 @@ def noting_signals():
     Not so under torchrun: it passes each signal on, which so comes twice, and itself ends what does not end.
     """
     noted, signals = [], (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = [signal.signal(s, lambda s, _: os._exit(128 + s) if noted and world()[1] == 1 else noted.append(s)) for s in signals]
+
+    def note(number, _):
+        if noted and world()[1] == 1:
+            os._exit(128 + number)
+        noted.append(number)
+
+    before = [signal.signal(number, note) for number in signals]
     try:
         yield noted
     finally:
@@ -1137,19 +1170,19 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         return value
 
     def save():
+        for p in trained.values():
+            check(p.detach().abs().max().item(), "largest weight")
         run["seconds"], run["optimizers"] = time.perf_counter() - began, [o.state_dict() for o in optimizers]
         run["weights"] = {name: p.detach() for name, p in trained.items()}
         run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
         run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind]
         if rank == 0:
-            try:
-                save_run(run, model, tokenizer, config, publish)
-            except OSError as error:
-                raise InputError(f"step {run['step']:,} could not be saved: {error}; what {config.out} held before is whole, and --resume "
-                                 "goes on from it") from error  # fmt: skip
+            save_run(run, model, tokenizer, config, publish)
 
     def validate():
-        figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype)
+        figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype, signals)
+        if signals and processes == 1:
+            return  # --resume validates first
         loss, losses = check(figures["loss"], "validation loss"), run["losses"]
         row = {"step": step, "tokens": run["tokens"], "seconds": round(time.perf_counter() - began, 2), "lr": lr,
                "train_loss": sum(losses) / len(losses) if losses else math.nan, "val_loss": loss,
@@ -1179,20 +1212,23 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             due = step % config.eval_interval == 0 or step == config.max_steps
             if due and (not run["rows"] or run["rows"][-1]["step"] < step):
                 validate()
+            stop = torch.tensor(max(signals, default=0), device=device)
+            if processes > 1:  # all of them stop at the same step
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            if stop and not run["rows"]:
+                say("stopped before the first validation: nothing was saved")
+                raise SystemExit(128 + int(stop))
+            if stop:
+                save()
+                say(f"stopped and saved at step {step:,} (model.safetensors is of step {run['best']['step']:,}, the best "
+                    f"validation); go on with: python {Path(sys.argv[0]).name} --resume --out {config.out}")  # fmt: skip
+                raise SystemExit(128 + int(stop))
             in_vain = sum(row["step"] > run["best"]["step"] for row in run["rows"])
             if step >= config.max_steps or 0 < config.patience <= in_vain:
                 why = "all steps are done" if step >= config.max_steps else f"{in_vain} validations brought nothing better"
                 if step < config.max_steps or step == first:
                     say(f"ended at step {step:,}, as {why}; to go on, --resume with more --max_steps or --patience")
                 return run["rows"]
-            stop = torch.tensor(max(signals, default=0), device=device)
-            if processes > 1:  # all of them stop at the same step
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            if stop:
-                save()
-                say(f"stopped and saved at step {step:,} (model.safetensors is of step {run['best']['step']:,}, the best "
-                    f"validation); go on with: python {Path(sys.argv[0]).name} --resume --out {config.out}")  # fmt: skip
-                raise SystemExit(128 + int(stop))
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
             loss, tokens = gradients(runner, train_data, step, config, dtype)
             check(loss, "loss")
@@ -1252,7 +1288,7 @@ def command(main):
         except (InputError, OSError, MemoryError) as error:
             message, status = error, 2
         except RuntimeError as error:
-            if world()[1] > 1 and "peer" in str(error):
+            if world()[1] > 1 and regex.search("peer|pipe|closed|timed out|NCCL", str(error)):
                 message, status = "another process of this run has died: --resume goes on from the last save", 1
             elif "alloc" in str(error) or "out of memory" in str(error):
                 message, status = "out of memory: choose a smaller model, context or batch", 2

@@ -105,7 +105,8 @@ def load_adapter(model, folder, base=None):
         strange = sorted(name for name, place in places.items() if not place or place[1] not in TARGETS)
         require(not strange, f"the adapter in {folder} has {strange[:1]}, which is none of {', '.join(TARGETS)} in a block")
         rank, alpha = described["r"], described["lora_alpha"]
-        require(isinstance(alpha, (int, float)) and 0 < alpha < math.inf, f"lora_alpha in {folder} is {alpha!r}, expected a positive number")
+        require(all(tensor.isfinite().all() for tensor in tensors.values()), f"the adapter in {folder} holds numbers that are not finite")
+        require(isinstance(alpha, (int, float)) and 0 < alpha <= 2**40, f"lora_alpha in {folder} is {alpha!r}, expected a positive number")
         require(all(type(rank) is int and rank in tensor.shape for tensor in names.values()), f"r in {folder} is {rank!r}, not that of its tensors")
         adapt(model, sorted({place[1] for place in places.values()}), rank, alpha)
         wanted = {name: p for name, p in model.named_parameters() if "lora_" in name}

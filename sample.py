@@ -157,7 +157,7 @@ def run(argv):
 
     args = add_arguments(Parser(prog="sample.py")).parse_args(argv)
     check_sampling(args.temperature, args.top_k, args.top_p)
-    require(args.max_new_tokens >= 1, f"--max_new_tokens is {args.max_new_tokens}, expected at least 1")
+    require(1 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 1 to 2**31")
     require(1 <= args.num_samples <= 4096, f"--num_samples is {args.num_samples}, expected 1 to 4096")
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
     require(len(set(args.model)) == len(args.model), "--model names a checkpoint twice")
@@ -169,6 +169,7 @@ def run(argv):
         return converse(speakers, args)
     try:
         if args.prompt_file:
+            require(Path(args.prompt_file).is_file(), f"there is no file {args.prompt_file} for --prompt_file")
             args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
         elif args.prompt is None:
             args.prompt = sys.stdin.read().rstrip("\n")

@@ -249,7 +249,7 @@ def main(argv=None):
     add("--new_tokens", type=int, default=200, help="length of the greedy text (default: 200)")
     add("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
-    require(args.new_tokens >= 1, f"--new_tokens is {args.new_tokens}, expected at least 1")
+    require(1 <= args.new_tokens <= 2**31, f"--new_tokens is {args.new_tokens}, expected 1 to 2**31")
     chosen = [flag for flag in ("reference", "own", "random") if getattr(args, flag)]
     require(len(chosen) < 2 and not (args.diagnose and args.reference), f"--{' and --'.join(chosen)} exclude each other, and "
             "--diagnose compares with the sound model itself")  # fmt: skip

@@ -17,9 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY, check_files, parameters_of, script
+from conftest import ROOT, TINY, check_files, parameters_of, published, script
 from matplotlib.figure import Figure
 
+import convert_gpt2
+import finetune
 import gpt
 import sample
 
@@ -54,22 +56,24 @@ def same_weights(one, other):
 SLOW_TO_SAVE = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
-import gpt
+import gpt, torch
 
-gradients, save_run = gpt.gradients, gpt.save_run
+gradients, save = gpt.gradients, torch.save
 
 def interrupted(model, data, step, config, dtype):
     if step == 6:
         os.kill(os.getpid(), signal.SIGINT)
     return gradients(model, data, step, config, dtype)
 
-def slow(run, *rest):
+def slow(run, path):
     if run["step"] == 7:
+        with open(path, "wb") as file:
+            file.write(b"half")
         print("saving", flush=True)
         time.sleep(60)
-    save_run(run, *rest)
+    save(run, path)
 
-gpt.gradients, gpt.save_run = interrupted, slow
+gpt.gradients, torch.save = interrupted, slow
 gpt.main()
 """
 
@@ -83,10 +87,37 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(prose, seco
         process.send_signal(second)
         assert process.wait(30) == 128 + second and time.monotonic() - began < 20  # the save alone would take sixty
     check_files(Path("here"))
-    assert gpt.load_run("here")["step"] == 4
+    assert gpt.load_run("here")["step"] == 4 and list(Path("here").glob(".training_state.pt.*.part"))
     gpt.main(["--resume", "--out", "here"])
     gpt.main([*FLAGS, "--out", "whole"])
     same_weights("here", "whole")
+
+
+@pytest.mark.parametrize("step", [0, 4, 12])
+def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(runs, step, monkeypatch, capsys):
+    batch, pressed = gpt.TokenDataset.batch, []
+
+    def in_the_middle(data, windows):
+        steps = gpt.load_run("here")["rows"][-1]["step"] + 4 if Path("here/training_state.pt").exists() else 0
+        if len(data) < 100 and windows[0] > 0 and steps == step and not pressed:  # the validation's second batch
+            pressed.append(steps)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not pressed or windows[0] <= 4, "it went on"
+        return batch(data, windows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gpt.TokenDataset, "batch", in_the_middle)
+        with pytest.raises(SystemExit) as end:
+            gpt.main([*FLAGS, "--out", "here"])
+    assert end.value.code == 130 and pressed == [step]
+    if step == 0:
+        assert "nothing was saved" in capsys.readouterr().err and not Path("here/config.json").exists()
+        return
+    check_files(Path("here"))
+    assert gpt.load_run("here")["step"] == step and gpt.load_run("here")["rows"][-1]["step"] == step - 4
+    gpt.main(["--resume", "--out", "here"])
+    same_weights("here", "whole")
+    assert len(Path("here/log.csv").read_text().splitlines()) == 5
 
 
 def under_torchrun(out, until):
@@ -134,6 +165,8 @@ class Disk:
         for place, name in [(os, "replace"), (os, "fsync"), (os, "chmod"), (Path, "touch"), (Path, "mkdir"), (Path, "write_bytes"),
                             (torch, "save"), (gpt, "save_file"), (Figure, "savefig")]:  # fmt: skip
             monkeypatch.setattr(place, name, self.watched(getattr(place, name), name))
+        monkeypatch.setattr(gpt, "open", lambda *args: (watched if set("wa+") & set(args[1]) else open)(*args), raising=False)
+        watched = self.watched(open, "open")
 
     def watched(self, original, name):
         def call(*args, **options):
@@ -155,14 +188,16 @@ def test_a_disk_that_is_full_at_any_write_leaves_what_was_there(runs, monkeypatc
     argv = ["--resume", "--out", "here", "--max_steps", "8", "--lr", "4e-3"]
     monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))  # drawing takes long
     shutil.copytree("part", "here")
+    shutil.rmtree(".cache")
     with monkeypatch.context() as patched:
         writes = Disk(patched)
         gpt.main(argv)
     whole = parameters_of("here")
-    assert writes.calls > 50  # two saves of six files
+    assert writes.calls > 70  # tokens, and two saves of six files
     for full_at in range(1, writes.calls + 1):
         shutil.rmtree("here")
         shutil.copytree("part", "here")
+        shutil.rmtree(".cache", ignore_errors=True)
         with monkeypatch.context() as patched:
             Disk(patched, full_at)
             error = failed(capsys, argv)
@@ -231,18 +266,49 @@ def test_a_folder_that_is_read_only_or_becomes_so_is_an_error(prose, lose_at):
         check_files(Path("here"))
 
 
-def test_a_folder_that_vanishes_is_made_again_and_nothing_is_missing(runs, monkeypatch):
+def test_a_folder_that_vanishes_is_an_error_and_where_it_went_the_run_goes_on(runs, monkeypatch, capsys):
     gradients = gpt.gradients
 
     def losing(model, data, step, config, dtype):
-        if step == 6:
-            shutil.rmtree("here")
+        if step == 6 and Path("here").exists():
+            Path("here").rename("there")
         return gradients(model, data, step, config, dtype)
 
     monkeypatch.setattr(gpt, "gradients", losing)
-    gpt.main([*FLAGS, "--out", "here"])
-    same_weights("here", "whole")
-    assert len(Path("here/log.csv").read_text().splitlines()) == 5 and {path.name for path in Path("here").iterdir()} >= set(gpt.FILES)
+    error = failed(capsys, [*FLAGS, "--out", "here"])
+    assert "step 8 could not be saved" in error and "No such file" in error and not Path("here").exists()
+    check_files(Path("there"))
+    gpt.main(["--resume", "--out", "there"])
+    same_weights("there", "whole")
+
+
+def in_a_full_disk(monkeypatch, capsys, main, argv, *made):
+    """At each of its writes in turn the script fails with one line, and leaves nothing that is half there or in its way."""
+    shutil.rmtree(".cache", ignore_errors=True)
+    with monkeypatch.context() as patched:
+        writes = Disk(patched)
+        main(argv)
+    for full_at in range(1, writes.calls + 1):
+        for path in (*made, ".cache"):
+            shutil.rmtree(path, ignore_errors=True)
+        with monkeypatch.context() as patched:
+            Disk(patched, full_at)
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as end:
+                main(argv)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert end.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0], (full_at, errors)
+        for path in made:
+            assert not list(Path(path).rglob("*.part")) and all(file.read_bytes() != b"half" for file in Path(path).rglob("*") if file.is_file())
+        main([*argv, "--overwrite"])
+
+
+def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))
+    published("hf")
+    in_a_full_disk(monkeypatch, capsys, convert_gpt2.main, ["hf", "--out", "converted"], "converted")
+    argv = ["--model", "part", "--data", "prose.txt", "--max_steps", "1", "--batch_size", "2", "--out", "tuned", "--save_adapter", "adapter"]
+    in_a_full_disk(monkeypatch, capsys, finetune.main, argv, "tuned", "adapter")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,6 +344,25 @@ def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(
     check_files(Path("here"))  # all weights are finite
     run = gpt.load_run("here")
     assert run["step"] == run["best"]["step"] == 4 and all(w.isfinite().all() for w in (*run["weights"].values(), *run["best_weights"].values()))
+
+
+def test_weights_that_go_wrong_where_no_loss_sees_them_are_not_saved(prose, monkeypatch, capsys):
+    """Spoiled by the update after which Ctrl-C is heard, so that no other step follows."""
+    step = gpt.Muon.step
+
+    def spoiling(optimizer):
+        step(optimizer)
+        spoiling.calls += 1
+        if spoiling.calls == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            optimizer.param_groups[0]["params"][0].data[0, 0] = math.nan
+
+    spoiling.calls = 0
+    monkeypatch.setattr(gpt.Muon, "step", spoiling)
+    error = failed(capsys, [*FLAGS, "--out", "here"], status=1)
+    assert "the largest weight is nan at step 6" in error
+    check_files(Path("here"))
+    assert gpt.load_run("here")["step"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

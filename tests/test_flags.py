@@ -1,6 +1,7 @@
 """Every flag of every script with values that cannot be: one error line, exit status 2, no traceback, nothing written."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,7 @@ SOUND = {  # what would work: only one flag is spoiled at a time
     "bench": [],
 }
 HUGE = str(10**30)
-COUNT = ["x", "", "1.5", "nan", "inf", "1e3", "0x10", "-1", "0"]  # of something that there must be
-COUNT_BELOW = [*COUNT, HUGE]
+COUNT_BELOW = ["x", "", "1.5", "nan", "inf", "1e3", "0x10", "-1", "0", HUGE]  # of something that there must be
 COUNT_OR_0 = [value for value in COUNT_BELOW if value != "0"]
 RATE = ["x", "", "nan", "inf", "-inf", "-0.1", HUGE, "1e400"]
 SHARE = [*RATE, "1"]
@@ -42,22 +42,23 @@ TRAINING = {**dict.fromkeys(["--max_steps", "--batch_size", "--grad_accum", "--v
             "--data": PLACE, "--out": ["", "prose.txt", "/proc/no", "\x00", "x" * 300]}  # fmt: skip
 WRONG = {
     "gpt": {**TRAINING, **dict.fromkeys(["--n_layer", "--n_head", "--n_embd", "--vocab_size"], COUNT_BELOW), "--preset": [*CHOICE, "gpt3"]},
-    "sample": {**dict.fromkeys(["--max_new_tokens", "--top_k"], COUNT), "--num_samples": COUNT_BELOW, "--seed": COUNT_OR_0,
+    "sample": {**dict.fromkeys(["--max_new_tokens", "--top_k", "--num_samples"], COUNT_BELOW), "--seed": COUNT_OR_0,
                "--temperature": ["x", "", "nan", "inf", "-0.1", "1e400"], "--top_p": [*RATE, "0"], "--model": PLACE, "--adapter": PLACE,
                "--prompt": ["\udcff"], "--prompt_file": PLACE, "--stop": [""], "--device": [*CHOICE, "cuda:99", "meta"],
                "--dtype": CHOICE},
     "finetune": {**TRAINING, "--model": PLACE, "--method": CHOICE, "--blocks": COUNT_BELOW, "--rank": COUNT_BELOW, "--alpha": [*RATE, "0"],
                  "--lora_dropout": SHARE, "--targets": ["", "lm_head", "wte", "\udcff"], "--also_eval": PLACE,
                  "--save_adapter": ["", "prose.txt", "/proc/no", "\x00"]},
-    "evaluate": {**dict.fromkeys(["--val_bytes", "--batch_size", "--max_new_tokens"], COUNT), "--context": COUNT_BELOW, "--stride": COUNT_BELOW,
+    "evaluate": {**dict.fromkeys(["--val_bytes", "--batch_size", "--max_new_tokens", "--context", "--stride"], COUNT_BELOW),
                  "--seed": COUNT_OR_0, "--model": PLACE, "--data": PLACE, "--split": CHOICE, "--inspect": ["", "\udcff"],
                  "--picture": ["", "nowhere/x.png"], "--prompt": ["\udcff"], "--curve": PLACE, "--device": [*CHOICE, "cuda:99", "meta"],
                  "--dtype": CHOICE},
     "export": {"--format": CHOICE, "--dtype": CHOICE, "--out": ["", "prose.txt", "/proc/no", "\x00"]},
     "convert_gpt2": {"--out": ["", "prose.txt", "/proc/no", "\x00"], "--block_size": COUNT_BELOW, "--revision": ["", "\udcff"]},
-    "verify_gpt2": {"--reference": PLACE, "--new_tokens": COUNT},
-    "bench": {"--rounds": COUNT_BELOW, "--steps": COUNT_BELOW, "--only": ["", "x"]},
+    "verify_gpt2": {"--reference": PLACE, "--new_tokens": COUNT_BELOW},
+    "bench": {"--rounds": COUNT_BELOW, "--steps": COUNT_BELOW, "--only": ["", "x"], "--picture": ["", "nowhere/x.png"]},
 }  # fmt: skip
+OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--curve", "--reference", "--picture"}
 WITH = {("evaluate", "--prompt"): ["--diagnose_text"], ("evaluate", "--max_new_tokens"): ["--diagnose_text"],
         ("finetune", "--blocks"): ["--method", "last"]}  # fmt: skip
 UNSPOILED = [(name, flag, value) for name, flags in WRONG.items() for flag, values in flags.items() for value in values]
@@ -95,6 +96,9 @@ CONTRADICTIONS = [
     ("export", ["--format", "hf", "--dtype", "q8_0"], "--dtype goes with --format gguf"),
     ("verify_gpt2", ["--random", "--reference", "exported"], "--random"),
     ("bench", ["x"], "there is no part x"),
+    ("bench", ["train", "--scaling"], "exclude each other"),
+    ("bench", ["--plan", "--scaling"], "exclude each other"),
+    ("sample", ["--prompt_file", "exported", "--prompt", "x"], "exclude each other"),
     ("bench", ["train", "generate", "--only", "x"], "--only"),
 ]
 UNKNOWN = [("gpt", "--n_layers", "--n_layer"), ("gpt", "--learning_rat", None), ("gpt", "--batch-size", "--batch_size"), ("sample", "--topp", "--top_p"),
@@ -162,8 +166,8 @@ def spoiled(name, flag, value):
 def test_a_value_that_cannot_be_is_one_error_line(refused, name, flag):
     for value in WRONG[name][flag]:
         error = refused(name, spoiled(name, flag, value))
-        shown = [flag.lstrip("-"), value, "LoRA", "Unicode", "not available", "text", "checkpoint", "published", "no part", "file name", "null"]
-        assert any(word and word in error for word in shown), (value, error)
+        place = value.encode("utf-8", "replace").decode() if flag in OF_PLACES else value  # stderr shows a stray byte as ?
+        assert re.search(rf"\b{flag[2:]}\b", error) or len(value) > 1 and place in error or repr(value) in error, (value, error)
 
 
 def test_the_table_has_every_flag_that_takes_a_value(monkeypatch, folder):
