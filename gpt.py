@@ -540,13 +540,13 @@ def attention(q, k, v, dropout=None, fused=None):
     """softmax(q kᵀ / √D + mask) v, where the mask hides what comes after each query (Vaswani et al. 2017, 3.2.1).
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D); the queries belong to the last T of the S positions. Written
-    out, or PyTorch's fused kernel: on a CPU its forward pass is faster, but its backward pass slower at short contexts.
+    out, or PyTorch's fused kernel: on a CPU it is faster, but for its backward pass in bfloat16 at short contexts.
     """
     B, H, T, D = q.shape
     S = k.shape[2]
     p = dropout.p if dropout and dropout.training else 0.0
     if fused is None:
-        fused = q.device.type != "cpu" or (p == 0 and (T >= 1024 or not q.requires_grad))
+        fused = q.device.type != "cpu" or (p == 0 and (T >= 1024 or q.dtype == torch.float32 or not q.requires_grad))
     if fused:  # its own causal mask starts in the top left corner, which is right only for T = S
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=T == S)

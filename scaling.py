@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import gpt
 from gpt import GPT, GPTConfig
@@ -132,8 +133,10 @@ def figures(point, found):
     fields, B = SWEEPS[name][1](int(n))
     config = GPTConfig(**(BASE | fields))
     T = config.block_size
+    bfloat16 = gpt.resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    options = {"bfloat16": bfloat16, "fused": not bfloat16 or T >= 1024}  # as gpt.attention chooses
     return row | {"tokens_per_second": B * T / found["seconds"], "gflops": flops(config, B, T) / found["seconds"] / 1e9,
-                  "closed_form": sum(memory(config, B, T).values())}  # fmt: skip
+                  "closed_form": sum(memory(config, B, T, **options).values())}  # fmt: skip
 
 
 def show(rows):
@@ -164,7 +167,9 @@ def plot(rows, path):
                 axes.loglog(values, [scale * row["closed_form"] for row in points], "s:", ms=4, label="closed form")
                 axes.legend()
             axes.set_xticks(values, [f"{value:,}" for value in values])
-            axes.minorticks_off()
+            axes.set_ylim(axes.get_ylim()[0] / 2, axes.get_ylim()[1] * 2)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
         grid[0, column].set(title=sweep + (", MB of text" if sweep == "corpus" else ""), ylabel="" if column else "ms per step")
         grid[1, column].set(ylabel="" if column else "peak memory, MB")
