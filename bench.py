@@ -19,7 +19,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 
 import gpt
+import peers
+import quantize
 import scaling
 from gpt import GPT, GPTConfig, InputError, command, require, say
 
@@ -46,8 +47,9 @@ def resident(peak=False):
     return 1024 * int(found[1]) if found else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1.
+def windows(vocab_size, block_size):
+    """Random tokens, cut into windows that overlap as in training."""
+    return gpt.TokenDataset(np.random.default_rng(0).integers(vocab_size, size=100_000), block_size, block_size // 4)
 
 
 def stepping(model, data, config):
@@ -67,36 +69,22 @@ def stepping(model, data, config):
     return step
 
 
-def plain_loop(model, data, batch_size, settings=lambda: None):
-    """-> a function that makes one step of the loop that a user of transformers would write."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    model.train()
-    settings()
-
-    def step(number):
-        x, _ = data.batch([i % len(data) for i in range(batch_size * number, batch_size * (number + 1))])
-        optimizer.zero_grad()
-        model(x, labels=x).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1.
 
 
-def tune_ours(method, blocks=2):
+def tune(method, blocks=2):
     import finetune
 
     config = finetune.FinetuneConfig(data=["-"], method=method, blocks=blocks, batch_size=2, block_size=128)
     model = GPT(GPTConfig.preset("gpt2"))
     finetune.choose(model, config)
-    return stepping(model, gpt.TokenDataset(np.random.default_rng(0).integers(50257, size=10_000), 128), config)
+    return stepping(model, windows(50257, 128), config)
 
 
 def tune_transformers(settings=lambda: None):
     """All of GPT-2, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return plain_loop(GPT2LMHeadModel(GPT2Config()), gpt.TokenDataset(np.random.default_rng(0).integers(50257, size=10_000), 128), 2, settings)
+    return peers.train(GPTConfig.preset("gpt2"), windows(50257, 128), 2, settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,25 +98,13 @@ SHAPES = {
 }
 
 
-def windows(shape):
-    return gpt.TokenDataset(np.random.default_rng(0).integers(shape["vocab_size"], size=100_000), shape["block_size"], shape["block_size"] // 4)
-
-
-def train_ours(name, dropout=0.0, **fields):
+def train(name, dropout=0.0, peer=False, **fields):
     shape = SHAPES[name]
-    model = GPT(gpt.from_flags(GPTConfig, shape | {"dropout": dropout}))
-    config = gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields)
-    return stepping(model, windows(shape), config)
-
-
-def train_transformers(name, dropout=0.0):
-    """transformers' GPT-2 of the same shape, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = SHAPES[name]
-    sizes = {"n_positions": shape["block_size"], **{key: shape[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}}
-    config = GPT2Config(**sizes, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout))
-    return plain_loop(GPT2LMHeadModel(config), windows(shape), shape["batch_size"])
+    model_config = gpt.from_flags(GPTConfig, shape | {"dropout": dropout})
+    data = windows(shape["vocab_size"], shape["block_size"])
+    if peer:
+        return peers.train(model_config, data, shape["batch_size"])
+    return stepping(GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,42 +113,16 @@ def train_transformers(name, dropout=0.0):
 PROMPT, NEW = 16, 200
 
 
-def generate_ours(dtype, streams=1, prompt=PROMPT, new=None):
-    import quantize
-
+def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
+    new = new or NEW
+    if peer == "llama.cpp":
+        return peers.generate_llama(dtype, prompt, new)
+    if peer == "transformers":
+        return peers.generate(dtype, streams, prompt, new)
     model = GPT(GPTConfig.preset("gpt2")).eval()
     model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     idx = torch.arange(prompt).repeat(streams, 1)
-    return lambda number: model.generate(idx + number, new or NEW, temperature=0)
-
-
-def generate_transformers(dtype, streams=1, prompt=PROMPT, new=None):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(eos_token_id=None)).eval().to(getattr(torch, dtype))
-    idx = torch.arange(prompt).repeat(streams, 1)
-    options = {"max_new_tokens": new or NEW, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
-    return lambda number: model.generate(idx + number, **options)
-
-
-def generate_llama(dtype):
-    """llama.cpp, by way of export.py, where llama-cpp-python is installed."""
-    from llama_cpp import Llama
-
-    import export
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = gpt.Tokenizer({bytes([i]) if i < 256 else b"%d," % i: i for i in range(50256)}, "bpe")
-        export.to_gguf(GPT(GPTConfig.preset("gpt2")), tokenizer, Path(folder) / "gpt2.gguf", dtype)
-        model = Llama(str(Path(folder) / "gpt2.gguf"), n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
-
-    def step(number):
-        model.reset()
-        for made, _ in enumerate(model.generate([token + number for token in range(PROMPT)], temp=0.0), 1):
-            if made == NEW:
-                return
-
-    return step
+    return lambda number: model.generate(idx + number, new, temperature=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,11 +141,11 @@ class Part:
 def training_part(name, steps):
     tokens = SHAPES[name]["batch_size"] * SHAPES[name]["block_size"]
     return Part("tokens/s", tokens, steps, {
-        "transformers, float32": lambda: train_transformers(name),
-        "gpt.py, float32": lambda: train_ours(name, dtype="float32"),
-        "gpt.py": lambda: train_ours(name),
-        "transformers, dropout 0.1": lambda: train_transformers(name, dropout=0.1),
-        "gpt.py, dropout 0.1": lambda: train_ours(name, dropout=0.1),
+        "transformers, float32": lambda: train(name, peer=True),
+        "gpt.py, float32": lambda: train(name, dtype="float32"),
+        "gpt.py": lambda: train(name),
+        "transformers, dropout 0.1": lambda: train(name, dropout=0.1, peer=True),
+        "gpt.py, dropout 0.1": lambda: train(name, dropout=0.1),
     })  # fmt: skip
 
 
@@ -203,36 +153,36 @@ PARTS = {
     "finetune": Part("steps/s", 1, 5, {
         "transformers, full, float32": tune_transformers,
         "the same, keep_freed_memory()": lambda: tune_transformers(gpt.keep_freed_memory),
-        "finetune.py, full": lambda: tune_ours("full"),
-        "finetune.py, last 2 blocks": lambda: tune_ours("last"),
-        "finetune.py, layernorm": lambda: tune_ours("layernorm"),
-        "finetune.py, bias": lambda: tune_ours("bias"),
-        "finetune.py, head": lambda: tune_ours("head"),
-        "finetune.py, lora rank 8": lambda: tune_ours("lora"),
+        "finetune.py, full": lambda: tune("full"),
+        "finetune.py, last 2 blocks": lambda: tune("last"),
+        "finetune.py, layernorm": lambda: tune("layernorm"),
+        "finetune.py, bias": lambda: tune("bias"),
+        "finetune.py, head": lambda: tune("head"),
+        "finetune.py, lora rank 8": lambda: tune("lora"),
     }),
     "train": training_part("small", 100),
     "train-large": training_part("large", 5),
     "train-gpt2": training_part("gpt2", 5),
     "generate": Part("tokens/s", NEW, 1, {
-        "transformers, float32": lambda: generate_transformers("float32"),
-        "transformers, bfloat16": lambda: generate_transformers("bfloat16"),
-        "gpt.py, float32": lambda: generate_ours("float32"),
-        "gpt.py, bfloat16": lambda: generate_ours("bfloat16"),
-        "gpt.py, int8": lambda: generate_ours("int8"),
-        "llama.cpp, f32": lambda: generate_llama("float32"),
-        "llama.cpp, f16": lambda: generate_llama("float16"),
-        "llama.cpp, q8_0": lambda: generate_llama("q8_0"),
+        "transformers, float32": lambda: generate("float32", peer="transformers"),
+        "transformers, bfloat16": lambda: generate("bfloat16", peer="transformers"),
+        "gpt.py, float32": lambda: generate("float32"),
+        "gpt.py, bfloat16": lambda: generate("bfloat16"),
+        "gpt.py, int8": lambda: generate("int8"),
+        "llama.cpp, f32": lambda: generate("float32", peer="llama.cpp"),
+        "llama.cpp, f16": lambda: generate("float16", peer="llama.cpp"),
+        "llama.cpp, q8_0": lambda: generate("q8_0", peer="llama.cpp"),
     }),
     "generate-8": Part("tokens/s", 8 * NEW, 1, {
-        "transformers, float32": lambda: generate_transformers("float32", 8),
-        "gpt.py, float32": lambda: generate_ours("float32", 8),
-        "gpt.py, bfloat16": lambda: generate_ours("bfloat16", 8),
-        "gpt.py, int8": lambda: generate_ours("int8", 8),
+        "transformers, float32": lambda: generate("float32", 8, peer="transformers"),
+        "gpt.py, float32": lambda: generate("float32", 8),
+        "gpt.py, bfloat16": lambda: generate("bfloat16", 8),
+        "gpt.py, int8": lambda: generate("int8", 8),
     }),
     "first-token": Part("prompts/s", 1, 5, {
-        "transformers, float32": lambda: generate_transformers("float32", prompt=1000, new=1),
-        "gpt.py, float32": lambda: generate_ours("float32", prompt=1000, new=1),
-        "gpt.py, int8": lambda: generate_ours("int8", prompt=1000, new=1),
+        "transformers, float32": lambda: generate("float32", prompt=1000, new=1, peer="transformers"),
+        "gpt.py, float32": lambda: generate("float32", prompt=1000, new=1),
+        "gpt.py, int8": lambda: generate("int8", prompt=1000, new=1),
     }),
     "scaling": Part("steps/s", 1, 5, scaling.points(stepping)),
     "corpus": Part("texts/s", 1, 1, {f"corpus {n}": functools.partial(scaling.tokenizing, n) for n in scaling.CORPUS}),

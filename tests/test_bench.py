@@ -33,8 +33,8 @@ def test_each_workload_runs_and_is_measured(part, name, capfd):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_what_is_timed_is_a_generation_of_that_many_tokens(dtype):
-    assert bench.generate_ours(dtype, 3)(0).shape == (3, bench.PROMPT + 4)
-    assert bench.generate_transformers("float32", 3)(0).shape == (3, bench.PROMPT + 4)
+    assert bench.generate(dtype, 3)(0).shape == (3, bench.PROMPT + 4)
+    assert bench.generate("float32", 3, peer="transformers")(0).shape == (3, bench.PROMPT + 4)
 
 
 @pytest.mark.parametrize("form", ["table", "json"])

@@ -300,7 +300,7 @@ def in_a_full_disk(monkeypatch, capsys, main, argv, *made):
         assert end.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0], (full_at, errors)
         for path in made:
             assert not list(Path(path).rglob("*.part")) and all(file.read_bytes() != b"half" for file in Path(path).rglob("*") if file.is_file())
-        main([*argv, "--overwrite"])
+    main([*argv, "--overwrite"])
 
 
 def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, monkeypatch, capsys):
