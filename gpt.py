@@ -878,11 +878,11 @@ def load_run(folder):
     path = Path(folder) / "training_state.pt"
     require(path.is_file(), f"there is nothing to resume in {folder}: it has no training_state.pt")
     try:
-        archive = zipfile.ZipFile(path)
-        require(sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "it unpacks to more than it is")
-        require(archive.testzip() is None, "its checksums are wrong")  # which torch.load does not look at
-        plain = all(b"bytearray" not in archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
-        require(plain, "it holds something else")  # bytearray(10**12) is all that a pickle of plain data can do
+        with zipfile.ZipFile(path) as archive:  # what torch.load does not look at
+            require(sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "it unpacks to more than it is")
+            require(archive.testzip() is None, "its checksums are wrong")
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+        require(not any(b"\nbytearray\n" in text for text in pickles), "it holds something else")  # bytearray(10**12), say
         run = torch.load(path, map_location="cpu", weights_only=True)
         require(all(type(run[key]) is kind for key, kind in RUN.items()), "it holds something else")
         require([*map(type, run["tokenizer"])] == [str, str], "its tokenizer is none")
