@@ -27,7 +27,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_in_peace(prose
     whole = started([*FLAGS, "--out", "whole"])
     whole.join(120)
     assert whole.exitcode == 0
-    seconds, chance, killed, folder, number = gpt.load_run("whole")["seconds"], random.Random(kills), 0, Path("run0"), 0
+    seconds, chance, killed, halves, folder, number = gpt.load_run("whole")["seconds"], random.Random(kills), 0, 0, Path("run0"), 0
     while killed < kills or not (folder / "training_state.pt").exists() or gpt.load_run(folder)["step"] < 60:
         if folder.exists() and (folder / "training_state.pt").exists() and gpt.load_run(folder)["step"] == 60:
             number += 1
@@ -39,10 +39,12 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_in_peace(prose
             process.kill()
             process.join()
             killed += 1
+            halves += len(list(folder.glob(".*.part")))
         else:
             assert process.exitcode == 0
         if folder.exists():
             check_files(folder, interval=3)
+    assert kills < 50 or halves > 0, "no kill has met a file that was being written"
     for folder in Path().glob("run*"):
         for name, weight in parameters_of(folder).items():
             assert torch.equal(weight, parameters_of("whole")[name]), name

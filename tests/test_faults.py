@@ -31,7 +31,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def runs(prose):
-    """`whole`, which nothing disturbed, and `part`, which ended after step 4 and has a saved learning rate for 12."""
+    """`whole`, which nothing disturbed, and `part`, which ended after step 4."""
     gpt.main([*FLAGS, "--out", "whole"])
     gpt.main([*FLAGS, "--out", "part", "--max_steps", "4", "--lr", "1e-3"])
 
