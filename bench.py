@@ -107,6 +107,13 @@ def train(name, dropout=0.0, peer=False, **fields):
     return stepping(GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields))
 
 
+def train_with_muon(peer=False):
+    """The preset tiny, and its default optimizer: ours, or PyTorch's own."""
+    if peer:
+        gpt.Muon = functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    return stepping(GPT(GPTConfig()), windows(1024, 64), gpt.TrainConfig())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generating with GPT-2 (124M, random weights): 200 tokens, greedily, after a prompt of 16; then with 8 streams at once.
 
@@ -163,6 +170,10 @@ PARTS = {
     "train": training_part("small", 100),
     "train-large": training_part("large", 5),
     "train-gpt2": training_part("gpt2", 5),
+    "muon": Part("tokens/s", 32 * 64, 20, {
+        "torch.optim.Muon": lambda: train_with_muon(peer=True),
+        "gpt.py's Muon": train_with_muon,
+    }),
     "generate": Part("tokens/s", NEW, 1, {
         "transformers, float32": lambda: generate("float32", peer="transformers"),
         "transformers, bfloat16": lambda: generate("bfloat16", peer="transformers"),

@@ -20,6 +20,7 @@ def tiny_gpt2(monkeypatch):
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
     monkeypatch.setattr(bench, "NEW", 4)
+    monkeypatch.setattr(gpt, "Muon", gpt.Muon)  # which a workload replaces, in a process of its own
 
 
 @pytest.mark.parametrize(("part", "name"), WORKLOADS, ids=str)

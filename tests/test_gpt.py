@@ -710,6 +710,14 @@ def test_a_checkpoint_comes_back_as_it_was(small, learned, own_folder):
     assert sorted(os.listdir("here")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
 
 
+def test_loading_brings_in_no_more_modules(small, learned):
+    """PyTorch's shapes without memory can cost a second and 800 modules, if a normal distribution is drawn among them."""
+    gpt.save_checkpoint("here", GPT(GPTConfig(vocab_size=300, n_embd=8, n_layer=1)), learned)
+    code = "import sys, gpt; before = len(sys.modules); gpt.load_checkpoint('here'); print(len(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50
+
+
 def test_an_existing_checkpoint_is_not_overwritten(small):
     tokenizer = Tokenizer.bytes()
     gpt.save_checkpoint("here", small, tokenizer)
