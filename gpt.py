@@ -647,9 +647,9 @@ def choices(logits, temperature=1.0, top_k=None, top_p=None):
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose a token for each row of logits (B, V) -> (B, 1); options as for `choices`, and temperature 0 takes the largest."""
-    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
     tokens, probs = choices(logits, temperature, top_k, top_p)
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
 

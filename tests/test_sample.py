@@ -189,7 +189,7 @@ def test_bfloat16_speaks_too(checkpoints, capsys):
         (["--dtype", "int3"], "invalid choice"),
         (["--device", "abacus"], "not available"),
         (["--temprature", "1"], "did you mean --temperature?"),
-        (["--prompt", "a\ud800"], "not valid Unicode"),
+        (["--prompt", "a\ud800"], "--prompt is no text"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(checkpoints, capsys, flags, message):
