@@ -230,7 +230,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path("checkpoints", Path(args.name).resolve().name))
     gpt.refuse_existing(out, args.overwrite)
-    gpt.mallopt((-3, 2**20))  # M_MMAP_THRESHOLD: give back what is freed, or half of what was read stays beside what is made
+    gpt.keep_freed_memory([(-3, 2**20)])  # only small pieces (M_MMAP_THRESHOLD), or half of what was read stays beside what is made
     convert(args.name, out, args.block_size, args.revision, args.overwrite)
     model, tokenizer = load_checkpoint(out)
     config = model.config

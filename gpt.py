@@ -35,6 +35,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -188,22 +189,14 @@ def train_bpe(texts, vocab_size):
         changed = Counter()
         for i in places.pop(pair):
             word, count = words[i]
-            at = 0
-            while at < len(word) - 1:
-                if word[at] == pair[0] and word[at + 1] == pair[1]:
+            for before in itertools.pairwise(word):
+                changed[before] -= count
+            for at in range(len(word) - 1):
+                if tuple(word[at : at + 2]) == pair:
                     word[at : at + 2] = [new]
-                    changed[pair] -= count
-                    if at > 0:
-                        left = word[at - 1]
-                        changed[left, pair[0]] -= count
-                        changed[left, new] += count
-                        places[left, new].add(i)
-                    if at + 1 < len(word):
-                        right = word[at + 1]
-                        changed[pair[1], right] -= count
-                        changed[new, right] += count
-                        places[new, right].add(i)
-                at += 1
+            for after in itertools.pairwise(word):
+                changed[after] += count
+                places[after].add(i)
         for neighbours, change in changed.items():
             pairs[neighbours] += change
             if change and pairs[neighbours]:
@@ -755,27 +748,18 @@ FILES = ("config.json", "model.safetensors", "tokenizer.tiktoken", "training_sta
 
 @contextmanager
 def locked(folder):
-    """Keep other runs out of a folder; the lock belongs to an open file, so a crash lets go of it."""
+    """Keep other runs out of a folder; the system keeps the lock, so a crash lets go of it."""
     if world()[0] > 0:  # the first process of several holds it for all
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    require(not (Path(folder) / ".lock").is_symlink(), f"{folder}/.lock is a link: remove it")
-    with open(Path(folder) / ".lock", "a") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(f"another process is at work in {folder}: wait for it to end, or choose another folder") from error
-        for part in Path(folder).glob(".*.part"):  # what a crash has left half-written
-            part.unlink()
-        yield
+    try:
+        with FileLock(Path(folder) / ".lock", blocking=False):
+            for part in Path(folder).glob(".*.part"):  # what a crash has left half-written
+                part.unlink()
+            yield
+    except Timeout as error:
+        raise InputError(f"another process is at work in {folder}: wait for it to end, or choose another folder") from error
 
 
 def refuse_existing(folder, overwrite=False):
@@ -1078,9 +1062,8 @@ def window_order(n, seed, epoch):
 def windows_of_step(n, step, config):
     """The windows of a step, (grad_accum, batch_size): a function of the step alone, so resuming needs no bookmark."""
     size = config.batch_size * config.grad_accum
-    places = np.arange(step * size, (step + 1) * size)
-    epochs = [window_order(n, config.seed, epoch)[places[places // n == epoch] % n] for epoch in np.unique(places // n)]
-    return np.concatenate(epochs).reshape(config.grad_accum, config.batch_size)
+    chosen = [window_order(n, config.seed, place // n)[place % n] for place in range(step * size, (step + 1) * size)]
+    return np.reshape(chosen, (config.grad_accum, config.batch_size))
 
 
 def gradients(model, data, step, config, dtype):
@@ -1122,16 +1105,11 @@ def noting_signals():
             signal.signal(number, handler)
 
 
-def mallopt(*settings):
-    """Options of glibc's memory, pairs of number and value; another C library needs or knows no such thing."""
-    with suppress(OSError, AttributeError, TypeError):
-        for option, value in settings:
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def keep_freed_memory():
+def keep_freed_memory(options=((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1))):
     """Let glibc keep what PyTorch frees: taken back by the system, it costs a fifth of a step in page faults."""
-    mallopt((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1))  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
+    with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
+        for option, value in options:  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=False, publish=None, **facts):
@@ -1170,8 +1148,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
         return value
 
     def save():
-        for p in trained.values():
-            check(p.detach().abs().max().item(), "largest weight")
+        check(torch.stack([p.detach().abs().max() for p in trained.values()]).max().item(), "largest weight")
         run["seconds"], run["optimizers"] = time.perf_counter() - began, [o.state_dict() for o in optimizers]
         run["weights"] = {name: p.detach() for name, p in trained.items()}
         run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
