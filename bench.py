@@ -3,7 +3,9 @@
     python bench.py                               training a small model, and generating with GPT-2 (124M, random weights)
     python bench.py train-large train-gpt2        training at larger shapes
     python bench.py generate-8                    eight streams at once
+    python bench.py quality                       training on Shakespeare until it is as good as nanoGPT's recipe for a CPU
     python bench.py finetune                      adapting GPT-2
+    python bench.py --profile                     where the time of a step goes
     python bench.py --scaling                     how time and memory grow with context, width, depth, batch and text
     python bench.py --plan                        GPT-2's four sizes on 8 and 64 GPUs, by closed forms
 
@@ -22,14 +24,24 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import gpt
-import peers
-import quantize
 import scaling
-from gpt import GPT, GPTConfig, InputError, command, require, say
+from gpt import InputError, command, require, say
+from workloads import (
+    NEW,
+    SHAPES,
+    generate,
+    profiled,
+    stepping,
+    to_quality,
+    train,
+    train_tiny,
+    train_with_muon,
+    tune,
+    tune_transformers,
+)
 
 
 def processor():
@@ -45,91 +57,6 @@ def resident(peak=False):
     status = Path("/proc/self/status")
     found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+)", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else None
-
-
-def windows(vocab_size, block_size):
-    """Random tokens, cut into windows that overlap as in training."""
-    return gpt.TokenDataset(np.random.default_rng(0).integers(vocab_size, size=100_000), block_size, block_size // 4)
-
-
-def stepping(model, data, config):
-    """-> a function that makes one step of gpt.py's loop."""
-    optimizers, dtype = gpt.make_optimizers(model, config), gpt.resolve_dtype(config.dtype, torch.device("cpu"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    gpt.keep_freed_memory()
-
-    def step(number):
-        gpt.gradients(model, data, number, config, dtype)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1.
-
-
-def tune(method, blocks=2):
-    import finetune
-
-    config = finetune.FinetuneConfig(data=["-"], method=method, blocks=blocks, batch_size=2, block_size=128)
-    model = GPT(GPTConfig.preset("gpt2"))
-    finetune.choose(model, config)
-    return stepping(model, windows(50257, 128), config)
-
-
-def tune_transformers(settings=lambda: None):
-    """All of GPT-2, in float32."""
-    return peers.train(GPTConfig.preset("gpt2"), windows(50257, 128), 2, settings)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training from nothing, with AdamW, at the two shapes that nanoGPT's users know: its small one for a CPU, and its
-# default for Shakespeare.
-
-SHAPES = {
-    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 257, "batch_size": 12},
-    "large": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 257, "batch_size": 16},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 128, "vocab_size": 50257, "batch_size": 2},
-}
-
-
-def train(name, dropout=0.0, peer=False, **fields):
-    shape = SHAPES[name]
-    model_config = gpt.from_flags(GPTConfig, shape | {"dropout": dropout})
-    data = windows(shape["vocab_size"], shape["block_size"])
-    if peer:
-        return peers.train(model_config, data, shape["batch_size"])
-    return stepping(GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields))
-
-
-def train_with_muon(peer=False):
-    """The preset tiny, and its default optimizer: ours, or PyTorch's own."""
-    if peer:
-        gpt.Muon = functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-    return stepping(GPT(GPTConfig()), windows(1024, 64), gpt.TrainConfig())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generating with GPT-2 (124M, random weights): 200 tokens, greedily, after a prompt of 16; then with 8 streams at once.
-
-PROMPT, NEW = 16, 200
-
-
-def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
-    new = new or NEW
-    if peer == "llama.cpp":
-        return peers.generate_llama(dtype, prompt, new)
-    if peer == "transformers":
-        return peers.generate(dtype, streams, prompt, new)
-    model = GPT(GPTConfig.preset("gpt2")).eval()
-    model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
-    idx = torch.arange(prompt).repeat(streams, 1)
-    return lambda number: model.generate(idx + number, new, temperature=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,6 +83,8 @@ def training_part(name, steps):
     })  # fmt: skip
 
 
+OPTIONAL = {"llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2"}  # peers that are measured where they are installed
+TWO = "two processes, by torchrun"
 PARTS = {
     "finetune": Part("steps/s", 1, 5, {
         "transformers, full, float32": tune_transformers,
@@ -174,12 +103,24 @@ PARTS = {
         "torch.optim.Muon": lambda: train_with_muon(peer=True),
         "gpt.py's Muon": train_with_muon,
     }),
+    "quality": Part("runs/h", 3600, 1, {
+        "transformers, nanoGPT's recipe": lambda: to_quality(peer=True),
+        "gpt.py, until it is as good": to_quality,
+    }),
+    "compile": Part("tokens/s", 32 * 64, 20, {"gpt.py": train_tiny, "gpt.py --compile": lambda: train_tiny(compile=True)}),
+    "processes": Part("tokens/s", 32 * 64, 20, {
+        "one thread": lambda: train_tiny(1),
+        "two threads": lambda: train_tiny(2),
+        TWO: lambda: train_tiny(1),
+    }),
     "generate": Part("tokens/s", NEW, 1, {
         "transformers, float32": lambda: generate("float32", peer="transformers"),
         "transformers, bfloat16": lambda: generate("bfloat16", peer="transformers"),
         "gpt.py, float32": lambda: generate("float32"),
         "gpt.py, bfloat16": lambda: generate("bfloat16"),
         "gpt.py, int8": lambda: generate("int8"),
+        "CTranslate2, float32": lambda: generate("float32", peer="CTranslate2"),
+        "CTranslate2, int8": lambda: generate("int8", peer="CTranslate2"),
         "llama.cpp, f32": lambda: generate("float32", peer="llama.cpp"),
         "llama.cpp, f16": lambda: generate("float16", peer="llama.cpp"),
         "llama.cpp, q8_0": lambda: generate("q8_0", peer="llama.cpp"),
@@ -215,7 +156,8 @@ def work(part, name, steps):
         step(number)
         times.append(time.perf_counter() - began)
     memory = resident(peak=True)
-    print(json.dumps({"seconds": sorted(times)[len(times) // 2], "memory": memory - before if memory else None}))
+    if gpt.world()[0] == 0:
+        print(json.dumps({"seconds": sorted(times)[len(times) // 2], "memory": memory - before if memory else None}))
 
 
 def measure(name, part, rounds, steps):
@@ -223,10 +165,11 @@ def measure(name, part, rounds, steps):
     results = {}
     for turn in range(rounds):
         for workload in part.workloads:
-            if "llama" in workload and not importlib.util.find_spec("llama_cpp"):
+            if any(peer in workload and not importlib.util.find_spec(module) for peer, module in OPTIONAL.items()):
                 continue
             say(f"{name}, round {turn + 1} of {rounds}: {workload}")
-            script = [sys.executable, __file__, name, "--only", workload, "--steps", str(steps or part.steps)]
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if workload == TWO else []
+            script = [sys.executable, *launch, __file__, name, "--only", workload, "--steps", str(steps or part.steps)]
             done = subprocess.run(script, capture_output=True, text=True, check=False)
             require(done.returncode == 0, f"{workload}: {done.stderr.strip().removeprefix('error: ')[-500:]}")
             found = json.loads(done.stdout.splitlines()[-1])
@@ -245,16 +188,20 @@ def main(argv=None):
     parser.add_argument("--only", help="one workload of one part, in this process")
     parser.add_argument("--scaling", action="store_true", help="the parts scaling and corpus, with a picture of how costs grow")
     parser.add_argument("--plan", action="store_true", help="what training GPT-2's four sizes takes on 8 and 64 GPUs, by closed forms")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step of training goes, at each shape")
     parser.add_argument("--picture", help="where to draw it (default: bench.png or scaling.png)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
-    require(args.scaling + args.plan + bool(args.parts) <= 1, "PART, --scaling and --plan exclude each other")
+    require(args.scaling + args.plan + args.profile + bool(args.parts) <= 1, "PART, --scaling, --plan and --profile exclude each other")
     if args.plan:
         rows = scaling.plan()
         return print("\n".join(map(json.dumps, rows))) if args.json else scaling.show_plan(rows)
     names = args.parts or (["scaling", "corpus"] if args.scaling else ["train", "generate"])
     picture = Path(args.picture or ("scaling.png" if args.scaling else "bench.png"))
     require(picture.parent.is_dir(), f"there is no folder {picture.parent} for --picture")
+    if args.profile:
+        found = {name: profiled(name, args.steps) for name in SHAPES}
+        return print(json.dumps(found)) if args.json else scaling.show_shares(found)
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
     require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")

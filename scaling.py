@@ -5,6 +5,7 @@ each form with what PyTorch counts and keeps, at small sizes, to the last byte.
 """
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 
@@ -78,6 +79,54 @@ def show_plan(rows):
               f"{row['per_window'] / 1e9:>7.2f} GB {row['windows']:>7,} " + " ".join(f"{row['hours'][n]:>14,.0f}" for n in GPUS))  # fmt: skip
     print(f"{TOKENS:.0e} tokens, context 1,024, bfloat16 and fused attention, {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s; states are weights, "
           f"gradients and AdamW's averages;\nwindows are those that fit into nine tenths of {CARD / 1e9:.0f} GB at a time")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the time of a step goes: PyTorch's operations by kind.
+
+KINDS = {
+    "matrix products": "(b?mm|addmm|baddbmm|mv|addmv|.*linear.*)",
+    "attention, fused": ".*scaled_dot_product.*|.*flash_attention.*",
+    "softmax": "_softmax.*",
+    "GELU": "gelu.*",
+    "LayerNorm": "native_layer_norm.*",
+    "loss": ".*log_softmax.*|nll_loss.*",
+    "embeddings": "embedding.*|index_.*",
+    "dropout": "random_|ge|native_dropout.*|bernoulli_.*",
+    "optimizer and clipping": "_fused_adamw_|lerp.*|_foreach.*|linalg_vector_norm|norm",
+    "copies and conversions": "copy_|_to_copy|clone|cat|stack|contiguous",
+}
+
+
+def shares(step, data, steps):
+    """Run steps of training on a dataset -> {kind of operation: its share of their time}, the largest first."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    batch = data.batch
+
+    def watched(windows):
+        with record_function("data"):
+            return batch(windows)
+
+    step(0)
+    data.batch = watched
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for number in range(1, steps + 1):
+            with record_function("Python"):
+                step(number)
+    times = dict.fromkeys((*KINDS, "data", "Python", "other"), 0.0)
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = name if name in times else next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), "other")
+        times[kind] += event.self_cpu_time_total
+    return {kind: time / sum(times.values()) for kind, time in sorted(times.items(), key=lambda item: -item[1]) if time}
+
+
+def show_shares(found):
+    kinds = sorted({kind for row in found.values() for kind in row}, key=lambda kind: -sum(row.get(kind, 0) for row in found.values()))
+    print(f"{'':<24}" + "".join(f"{name:>8}" for name in found))
+    for kind in kinds:
+        print(f"{kind:<24}" + "".join(f"{row.get(kind, 0):>8.1%}" for row in found.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

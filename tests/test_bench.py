@@ -1,13 +1,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import regex
+from conftest import PROSE, TINY
 
 import bench
 import gpt
+import workloads
 
-WORKLOADS = [(part, name) for part in bench.PARTS if part not in ("scaling", "corpus") for name in bench.PARTS[part].workloads]
+WORKLOADS = [(part, name) for part in bench.PARTS if part not in ("scaling", "corpus", "quality") for name in bench.PARTS[part].workloads]
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +23,15 @@ def tiny_gpt2(monkeypatch):
     for shape in bench.SHAPES.values():
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
-    monkeypatch.setattr(bench, "NEW", 4)
+    monkeypatch.setattr(workloads, "NEW", 4)
     monkeypatch.setattr(gpt, "Muon", gpt.Muon)  # which a workload replaces, in a process of its own
 
 
 @pytest.mark.parametrize(("part", "name"), WORKLOADS, ids=str)
 def test_each_workload_runs_and_is_measured(part, name, capfd):
-    if "llama" in name:
-        pytest.importorskip("llama_cpp")
+    for peer, module in bench.OPTIONAL.items():
+        if peer in name:
+            pytest.importorskip(module)
     bench.main([part, "--only", name, "--steps", "2"])
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert found["seconds"] > 0 and found["memory"] >= 0
@@ -34,8 +39,8 @@ def test_each_workload_runs_and_is_measured(part, name, capfd):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_what_is_timed_is_a_generation_of_that_many_tokens(dtype):
-    assert bench.generate(dtype, 3)(0).shape == (3, bench.PROMPT + 4)
-    assert bench.generate("float32", 3, peer="transformers")(0).shape == (3, bench.PROMPT + 4)
+    assert workloads.generate(dtype, 3)(0).shape == (3, workloads.PROMPT + 4)
+    assert workloads.generate("float32", 3, peer="transformers")(0).shape == (3, workloads.PROMPT + 4)
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
@@ -69,9 +74,53 @@ def test_unasked_it_trains_and_generates_and_leaves_out_what_is_not_installed(mo
     monkeypatch.setattr(bench.subprocess, "run", run)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     bench.main(["--rounds", "1"])
-    assert calls == [(part, name) for part in ("train", "generate") for name in bench.PARTS[part].workloads if "llama" not in name]
+    assert calls == [(part, name) for part in ("train", "generate") for name in bench.PARTS[part].workloads if not any(peer in name for peer in bench.OPTIONAL)]
     out, err = capsys.readouterr()
     assert f"{12 * 64 / 0.5:,.0f}" in out and f"{4 * 50 / 0.5:,.0f}" in out and "tokens/s" in out and "torch" in err
+
+
+def test_a_run_to_quality_is_a_whole_training_and_fails_if_it_falls_short(monkeypatch, capfd):
+    monkeypatch.setattr(gpt, "SHAKESPEARE", "http://127.0.0.1:9")  # nothing is fetched
+    monkeypatch.setitem(workloads.SHAPES["small"], "vocab_size", 257)
+    Path(".cache").mkdir()
+    Path(".cache/shakespeare.txt").write_text(PROSE)
+    workloads.to_quality(peer=True, steps=120)(1)
+    assert float(regex.search(r"comes to ([\d.]+) bits per byte", capfd.readouterr().err)[1]) < 6
+    monkeypatch.setattr(workloads, "QUICK", [*workloads.QUICK, *TINY[2:]])
+    bench.main(["quality", "--only", "gpt.py, until it is as good"])
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["seconds"] > 0
+    monkeypatch.setattr(workloads, "QUALITY", 0.01)
+    with pytest.raises(gpt.InputError, match="bits per byte only"):
+        workloads.to_quality()(1)
+
+
+def test_two_processes_are_started_by_torchrun(monkeypatch):
+    scripts = []
+
+    def run(script, **_):
+        scripts.append(script)
+        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": 0.5, "memory": None}), "")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.main(["processes", "--rounds", "1"])
+    assert ["torch.distributed.run" in script for script in scripts] == [False, False, True]
+
+
+def test_two_processes_share_a_step():
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", bench.__file__]
+    done = subprocess.run([*script, "processes", "--only", bench.TWO, "--steps", "2"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
+
+
+def test_the_profile_names_all_of_a_step(capsys):
+    bench.main(["--profile", "--steps", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == workloads.SHAPES.keys()
+    for shares in found.values():
+        assert sum(shares.values()) == pytest.approx(1) and {"matrix products", "data", "Python", "optimizer and clipping"} <= shares.keys()
+        assert shares.get("other", 0) < 0.25
+    bench.main(["--profile", "--steps", "1"])
+    assert "matrix products" in capsys.readouterr().out
 
 
 BAD = {

@@ -1,0 +1,148 @@
+"""What bench.py times of this project: a step of training or fine-tuning, a generation.
+
+Each function returns one that makes a step; peers.py has the same for what a user would take instead.
+"""
+
+import functools
+import tempfile
+
+import numpy as np
+import torch
+
+import gpt
+import peers
+import quantize
+import scaling
+from gpt import GPT, GPTConfig, say
+
+
+def windows(vocab_size, block_size):
+    """Random tokens, cut into windows that overlap as in training."""
+    return gpt.TokenDataset(np.random.default_rng(0).integers(vocab_size, size=100_000), block_size, block_size // 4)
+
+
+def stepping(model, data, config):
+    """-> a function that makes one step of gpt.py's loop; where torchrun has started several processes, together with them."""
+    device = gpt.join_processes(torch.device("cpu"))
+    optimizers, dtype = gpt.make_optimizers(model, config), gpt.resolve_dtype(config.dtype, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    if gpt.world()[1] > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    elif config.compile:
+        model = torch.compile(model)
+    gpt.keep_freed_memory()
+
+    def step(number):
+        gpt.gradients(model, data, number, config, dtype)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1.
+
+
+def tune(method, blocks=2):
+    import finetune
+
+    config = finetune.FinetuneConfig(data=["-"], method=method, blocks=blocks, batch_size=2, block_size=128)
+    model = GPT(GPTConfig.preset("gpt2"))
+    finetune.choose(model, config)
+    return stepping(model, windows(50257, 128), config)
+
+
+def tune_transformers(settings=lambda: None):
+    """All of GPT-2, in float32."""
+    return peers.train(GPTConfig.preset("gpt2"), windows(50257, 128), 2, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training from nothing, with AdamW, at the two shapes that nanoGPT's users know: its small one for a CPU, and its
+# default for Shakespeare.
+
+SHAPES = {
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 257, "batch_size": 12},
+    "large": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 257, "batch_size": 16},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 128, "vocab_size": 50257, "batch_size": 2},
+}
+
+
+def train(name, dropout=0.0, peer=False, **fields):
+    shape = SHAPES[name]
+    model_config = gpt.from_flags(GPTConfig, shape | {"dropout": dropout})
+    data = windows(shape["vocab_size"], shape["block_size"])
+    if peer:
+        return peers.train(model_config, data, shape["batch_size"])
+    return stepping(GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields))
+
+
+def profiled(name, steps=None):
+    """-> {kind of operation: its share of a step's time}, at one of the shapes."""
+    shape = SHAPES[name]
+    data = windows(shape["vocab_size"], shape["block_size"])
+    config = gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw"})
+    return scaling.shares(stepping(GPT(gpt.from_flags(GPTConfig, shape)), data, config), data, steps or 5)
+
+
+def train_tiny(threads=None, **fields):
+    """The preset tiny, with so many threads."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    return stepping(GPT(GPTConfig()), windows(1024, 64), gpt.TrainConfig(**fields))
+
+
+def train_with_muon(peer=False):
+    """The preset tiny, and its default optimizer: ours, or PyTorch's own."""
+    if peer:
+        gpt.Muon = functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    return train_tiny()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time to quality: Shakespeare, to what nanoGPT's recipe for a CPU comes to.
+
+QUALITY = 2.72  # bits per byte on the last tenth of the text
+QUICK = ["--data", "shakespeare", "--max_steps", "120", "--warmup_steps", "20", "--eval_interval", "120"]
+
+
+def to_quality(peer=False, **options):
+    """-> a function that trains from nothing until that is reached; its step 0, to warm up, does nothing."""
+    shape = SHAPES["small"]
+    tokenizer, *tokens, _ = gpt.prepare(["shakespeare"], "bytes")
+    train_data, val_data = (gpt.TokenDataset(part, shape["block_size"], stride) for part, stride in zip(tokens, (1, None), strict=True))
+
+    def step(number):
+        if number and peer:
+            reached = peers.nanogpt_recipe(gpt.from_flags(GPTConfig, shape), train_data, val_data, tokenizer, **options)
+            say(f"the recipe comes to {reached:.3f} bits per byte")
+        elif number:
+            with tempfile.TemporaryDirectory() as folder:
+                gpt.main([*QUICK, "--out", folder])
+                reached = gpt.load_run(folder)["best"]["bits_per_byte"]
+            gpt.require(reached <= QUALITY, f"{' '.join(QUICK)} comes to {reached:.3f} bits per byte only")
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating with GPT-2 (124M, random weights): 200 tokens, greedily, after a prompt of 16; then with 8 streams at once.
+
+PROMPT, NEW = 16, 200
+
+
+def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
+    new = new or NEW
+    if peer == "llama.cpp":
+        return peers.generate_llama(dtype, prompt, new)
+    if peer == "CTranslate2":
+        return peers.generate_ctranslate2(dtype, prompt, new)
+    if peer == "transformers":
+        return peers.generate(dtype, streams, prompt, new)
+    model = GPT(GPTConfig.preset("gpt2")).eval()
+    model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+    idx = torch.arange(prompt).repeat(streams, 1)
+    return lambda number: model.generate(idx + number, new, temperature=0)
