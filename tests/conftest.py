@@ -39,6 +39,15 @@ def prose(own_folder):
     return path
 
 
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory):
+    """The same for what a whole file of tests begins with."""
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("module")
+        patched.chdir(folder)
+        yield folder
+
+
 @pytest.fixture
 def small():
     """A model small enough to run anywhere, its weights large enough that every part of it matters."""

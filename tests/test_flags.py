@@ -1,6 +1,5 @@
 """Every flag of every script with values that cannot be: one error line, exit status 2, no traceback, nothing written."""
 
-import os
 import re
 from pathlib import Path
 
@@ -108,18 +107,13 @@ UNKNOWN = [("gpt", "--n_layers", "--n_layer"), ("gpt", "--learning_rat", None), 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(module_folder):
     """A text, a checkpoint of ours and an exported one."""
-    folder, here = tmp_path_factory.mktemp("flags"), Path.cwd()
-    os.chdir(folder)
-    try:
-        Path("prose.txt").write_text(PROSE)
-        gpt.main([*TINY, "--data", "prose.txt", "--out", "mine"])
-        export.main(["mine", "--format", "hf", "--out", "exported"])
-        gpt.prepare(["prose.txt"], gpt.Tokenizer.bytes())
-    finally:
-        os.chdir(here)
-    return folder
+    Path("prose.txt").write_text(PROSE)
+    gpt.main([*TINY, "--data", "prose.txt", "--out", "mine"])
+    export.main(["mine", "--format", "hf", "--out", "exported"])
+    gpt.prepare(["prose.txt"], gpt.Tokenizer.bytes())
+    return module_folder
 
 
 @pytest.fixture

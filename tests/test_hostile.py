@@ -34,19 +34,14 @@ from gpt import InputError, Tokenizer
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(module_folder):
     """A trained checkpoint, an adapter on it, and a published model: the files that the tests below spoil copies of."""
-    home, here = tmp_path_factory.mktemp("home"), Path.cwd()
-    os.chdir(home)
-    try:
-        Path("prose.txt").write_text(PROSE)
-        gpt.main([*TINY, "--data", str(home / "prose.txt"), "--out", "model", "--max_steps", "8"])
-        flags = ["--data", str(home / "prose.txt"), "--out", "tuned", "--max_steps", "2", "--save_adapter", "adapter", "--batch_size", "2"]
-        finetune.main(["--model", "model", *flags])
-        published("hf")
-    finally:
-        os.chdir(here)
-    return home
+    Path("prose.txt").write_text(PROSE)
+    gpt.main([*TINY, "--data", str(module_folder / "prose.txt"), "--out", "model", "--max_steps", "8"])
+    flags = ["--data", str(module_folder / "prose.txt"), "--out", "tuned", "--max_steps", "2", "--save_adapter", "adapter"]
+    finetune.main(["--model", "model", *flags, "--batch_size", "2"])
+    published("hf")
+    return module_folder
 
 
 def spoil(data, chance):
