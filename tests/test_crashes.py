@@ -34,7 +34,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_in_peace(prose
             folder = Path(f"run{number}")
         again = (folder / "training_state.pt").exists()
         process = started(["--resume", "--out", str(folder)] if again else [*FLAGS, "--out", str(folder), "--overwrite"])
-        process.join(chance.uniform(0, seconds) if killed < kills else 120)
+        process.join(chance.uniform(0, seconds / 2) if killed < kills else 120)
         if process.exitcode is None:
             process.kill()
             process.join()
