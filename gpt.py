@@ -632,7 +632,7 @@ def choices(logits, temperature=1.0, top_k=None, top_p=None):
     V = logits.shape[-1]
     values, tokens = logits.float().topk(V if top_k is None else min(top_k, V))
     probs = ((values - values[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # less the largest, so that nothing overflows
-    if top_p is not None:  # the token that crosses the threshold stays: what came before it had not reached p
+    if top_p is not None and top_p < 1:  # the token that crosses the threshold stays: what came before it had not reached p
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill((before >= top_p) & (before > 0), 0)
     return tokens, probs / probs.sum(-1, keepdim=True)

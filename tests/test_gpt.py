@@ -662,6 +662,12 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold():
     assert frequencies([0.5, 0.3, 0.15, 0.05], top_p=1e-9) == [1, 0, 0, 0]
 
 
+def test_top_p_of_1_keeps_every_token():
+    """A running sum of 50,257 numbers in float32 comes to 1 before its end."""
+    logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0))
+    assert (gpt.choices(logits, top_p=1.0)[1] > 0).all()
+
+
 def test_top_k_keeps_k_even_among_equals():
     assert sum(share > 0 for share in frequencies([0.25, 0.25, 0.25, 0.25], top_k=2)) == 2
     assert frequencies([0.1, 0.6, 0.3], top_k=2) == pytest.approx([0, 0.667, 0.333], abs=0.015)
