@@ -142,6 +142,7 @@ GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer":
         "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
 PRESETS = {  # dicts of flag defaults; flags that are given win
     "tiny": {},
+    "shakespeare-10min": {"data": ["shakespeare"], "out": "checkpoints/shakespeare", "max_steps": 3000, "dropout": 0.25, "eval_interval": 250},
     "scratch-152m": GPT2 | {"n_layer": 16},
     "gpt2": GPT2,
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "lr": 3e-4},
@@ -1084,6 +1085,15 @@ def gradients(model, data, step, config, dtype):
     return loss.item(), total
 
 
+def clip(params, most):
+    """Scale all gradients down together where their norm is beyond `most`, if that is not 0 -> the norm that they had."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads).item()
+    if 0 < most < norm:  # mostly it is not, and a pass over all gradients is spared
+        torch._foreach_mul_(grads, most / norm)
+    return norm
+
+
 @contextmanager
 def noting_signals():
     """Within, Ctrl-C and SIGTERM are only noted in the list that this yields; a second one ends the process at once.
@@ -1209,7 +1219,7 @@ def train(model, tokenizer, train_data, val_data, config, run=None, overwrite=Fa
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))  # for dropout
             loss, tokens = gradients(runner, train_data, step, config, dtype)
             check(loss, "loss")
-            norm = check(nn.utils.clip_grad_norm_(trained.values(), config.grad_clip or math.inf).item(), "gradient's norm")
+            norm = check(clip(trained.values(), config.grad_clip), "gradient's norm")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr

@@ -95,6 +95,8 @@ KINDS = {
     "dropout": "random_|ge|native_dropout.*|bernoulli_.*",
     "optimizer and clipping": "_fused_adamw_|lerp.*|_foreach.*|linalg_vector_norm|norm",
     "copies and conversions": "copy_|_to_copy|clone|cat|stack|contiguous",
+    "sums: residuals, biases": "add_?|sum",
+    "zeros": "fill_|zero_",
 }
 
 

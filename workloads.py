@@ -35,7 +35,7 @@ def stepping(model, data, config):
 
     def step(number):
         gpt.gradients(model, data, number, config, dtype)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        gpt.clip(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

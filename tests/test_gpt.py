@@ -966,6 +966,16 @@ def test_dropout_differs_from_step_to_step_and_training_follows_the_schedule(pro
     assert rates == [{gpt.learning_rate(step, config)} for step in range(12)]
 
 
+@pytest.mark.parametrize(("size", "most"), [(1e-3, 1.0), (10.0, 1.0), (10.0, 0.0)])
+def test_clipping_is_that_of_pytorch_and_0_means_none(size, most):
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(5, 3)) for _ in range(4)] for _ in range(2))
+    for a, b in zip(ours[1:], theirs[1:], strict=True):  # the first has no gradient
+        a.grad = size * torch.randn(5, 3)
+        b.grad = a.grad.clone()
+    assert gpt.clip(ours, most) == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, most or math.inf).item())
+    assert all(torch.allclose(a.grad, b.grad) for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
 def test_flags_that_are_given_beat_the_preset(prose, capsys):
     run_training("--data", prose, "--out", "here", "--preset", "gpt2", "--vocab_size", "257")
     described = json.loads(Path("here/config.json").read_text())
