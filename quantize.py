@@ -1,13 +1,20 @@
 """int8 weights for generating and scoring: a quarter of float32's bytes, and so up to four times the tokens.
 
 A token alone passes through every weight once, and waits for memory rather than for arithmetic. So each matrix is kept in
-eight bits, with one scale for each output channel (as in Dettmers et al. 2022, "LLM.int8()", 2.1), and what flows between
-stays in floating point. The token embedding is the head, and shares its eight bits.
+eight bits, with one scale for each output channel, and what flows between stays in floating point. For the product itself
+there are two ways, by what the processor is good at. Where it computes bfloat16 natively, PyTorch's kernel multiplies eight
+bits with bfloat16. Elsewhere that would be emulated, so each token is rounded to eight bits, too, with a scale of its own, and
+whole numbers are multiplied (vector-wise quantization, Dettmers et al. 2022, "LLM.int8()", 2.1). The token embedding is the
+head, and shares its eight bits.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from gpt import resolve_dtype
 
 
 def to_int8(weight):
@@ -19,10 +26,11 @@ def to_int8(weight):
 class Int8Linear(nn.Module):
     """What nn.Linear computes, from eight bits a weight."""
 
-    MOST_ROWS = 32  # with more of them, unpacking the weights for one large product is faster
+    MOST_ROWS = 32  # with more of them, beside bfloat16, unpacking the weights for one large product is faster
 
     def __init__(self, weight, scales, bias):
         super().__init__()
+        self.whole_numbers = resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("ones", torch.ones(len(scales), dtype=torch.bfloat16, device=scales.device))
@@ -30,6 +38,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (B * T, in)
+        if self.whole_numbers and x.device.type == "cpu" and rows.shape[1] > 1:  # of one column it makes nonsense
+            steps = torch.linalg.vector_norm(rows, math.inf, 1, keepdim=True).clamp_(min=1e-12).div_(127)  # (B * T, 1)
+            y = torch._int_mm((rows / steps).round_().to(torch.int8), self.weight.T) * (steps * self.scales)
+            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype).view(*x.shape[:-1], -1)
         odd = rows.shape[1] % 32  # PyTorch's kernel reads beyond such rows: wrong numbers, or a crash of the interpreter
         if len(rows) > self.MOST_ROWS or odd or x.device.type != "cpu":
             return F.linear(x, self.weight.to(x.dtype) * self.scales.to(x.dtype)[:, None], self.bias)

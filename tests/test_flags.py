@@ -12,11 +12,12 @@ import evaluate
 import export
 import finetune
 import gpt
+import pictures
 import sample
 import verify_gpt2
 
 MAIN = {"gpt": gpt.main, "sample": sample.main, "finetune": finetune.main, "evaluate": evaluate.main, "export": export.main,
-        "convert_gpt2": convert_gpt2.main, "verify_gpt2": verify_gpt2.main, "bench": bench.main}  # fmt: skip
+        "convert_gpt2": convert_gpt2.main, "verify_gpt2": verify_gpt2.main, "bench": bench.main, "pictures": pictures.main}  # fmt: skip
 SOUND = {  # what would work: only one flag is spoiled at a time
     "gpt": [*TINY, "--data", "prose.txt", "--out", "new"],
     "sample": ["--model", "mine", "--prompt", "The", "--max_new_tokens", "2"],
@@ -26,6 +27,7 @@ SOUND = {  # what would work: only one flag is spoiled at a time
     "convert_gpt2": ["exported", "--out", "new"],
     "verify_gpt2": ["mine"],
     "bench": [],
+    "pictures": ["--model", "mine", "--out", "."],
 }
 HUGE = str(10**30)
 COUNT_BELOW = ["x", "", "1.5", "nan", "inf", "1e3", "0x10", "-1", "0", HUGE]  # of something that there must be
@@ -56,8 +58,9 @@ WRONG = {
     "convert_gpt2": {"--out": ["", "prose.txt", "/proc/no", "\x00"], "--block_size": COUNT_BELOW, "--revision": ["", "\udcff"]},
     "verify_gpt2": {"--reference": PLACE, "--new_tokens": COUNT_BELOW},
     "bench": {"--rounds": COUNT_BELOW, "--steps": COUNT_BELOW, "--only": ["", "x"], "--picture": ["", "nowhere/x.png"]},
+    "pictures": {"--model": PLACE, "--curves": PLACE, "--out": ["nowhere", "prose.txt", *PLACE]},
 }  # fmt: skip
-OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--curve", "--reference", "--picture"}
+OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--curve", "--reference", "--picture", "--curves"}
 WITH = {("evaluate", "--prompt"): ["--diagnose_text"], ("evaluate", "--max_new_tokens"): ["--diagnose_text"],
         ("finetune", "--blocks"): ["--method", "last"]}  # fmt: skip
 UNSPOILED = [(name, flag, value) for name, flags in WRONG.items() for flag, values in flags.items() for value in values]
@@ -103,7 +106,7 @@ CONTRADICTIONS = [
 UNKNOWN = [("gpt", "--n_layers", "--n_layer"), ("gpt", "--learning_rat", None), ("gpt", "--batch-size", "--batch_size"), ("sample", "--topp", "--top_p"),
            ("sample", "--max_tokens", "--max_new_tokens"), ("finetune", "--ranks", "--rank"), ("finetune", "--methods", "--method"),
            ("evaluate", "--strid", "--stride"), ("export", "--fmt", "--format"), ("convert_gpt2", "--overwrit", "--overwrite"),
-           ("verify_gpt2", "--diagnos", "--diagnose"), ("bench", "--round", "--rounds")]  # fmt: skip
+           ("verify_gpt2", "--diagnos", "--diagnose"), ("bench", "--round", "--rounds"), ("pictures", "--curve", "--curves")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,18 @@
 
 import contextlib
 import io
+import math
 from pathlib import Path
 
 import pytest
 import regex
-from conftest import ROOT
+from conftest import ROOT, script
 
 import bench
 
-NOTES = sorted((ROOT / "notes").glob("*.md"))
+INDEX = ROOT / "notes/README.md"
+NOTES = sorted(set((ROOT / "notes").glob("*.md")) - {INDEX})
+SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
 BLOCKS = regex.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", regex.MULTILINE | regex.DOTALL)
 
 
@@ -25,7 +28,7 @@ def test_what_a_block_prints_stands_below_it(path):
         assert printed.getvalue() == expected, code
 
 
-@pytest.mark.parametrize("path", NOTES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [INDEX, *NOTES], ids=lambda path: path.name)
 def test_links_and_names_of_files_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     for target in regex.findall(r"\]\((?!http)([^)#]+)", text):
@@ -46,3 +49,18 @@ def test_functions_that_are_explained_exist(path):
 def test_the_table_of_the_plan_is_the_one_that_is_printed(capsys):
     bench.main(["--plan"])
     assert f"```\n{capsys.readouterr().out}```\n" in (ROOT / "notes/performance.md").read_text(encoding="utf-8")
+
+
+def test_the_index_names_every_note_and_how_long_it_is_to_read():
+    minutes = {path.name: 5 * math.ceil(len(path.read_text(encoding="utf-8").split()) / 200 / 5) for path in NOTES}
+    rows = regex.findall(r"^\| \[[^\]]+\]\((\w+\.md)\) \| [^|]+ \| (\d+) \|$", INDEX.read_text(encoding="utf-8"), regex.MULTILINE)
+    assert {name: int(number) for name, number in rows} == minutes and len(rows) == len(minutes)
+
+
+def test_every_flag_of_every_script_is_in_a_note_and_no_other():
+    text = "".join(path.read_text(encoding="utf-8") for path in NOTES)
+    flags = {flag for name in SCRIPTS for flag in regex.findall(r"--\w+", script(name, "--help").stdout)}
+    named = set(regex.findall(r"(?<![\w-])--[a-z]\w*(?![\w-])", text))
+    assert flags - {"--help"} <= named, sorted(flags - named)
+    elsewhere = {"--nproc_per_node", "--version", "--cached", "--global"}  # of torchrun, git and others
+    assert named - flags <= elsewhere, sorted(named - flags)

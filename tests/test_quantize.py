@@ -12,15 +12,33 @@ from quantize import Int8Linear
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (8, 3), (24, 32), (12, 2), (40, 257), (2, 5), (1, 5)])
+def test_a_product_of_whole_numbers_is_that_of_rounded_weights_and_rounded_tokens(rows, width, out):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(width, out), torch.randn(2, rows, width) * torch.logspace(-3, 3, rows)[:, None]
+    weight, scales = quantize.to_int8(linear.weight.detach())
+    layer = Int8Linear(weight, scales, linear.bias)
+    layer.whole_numbers = True
+    tokens, steps = quantize.to_int8(x.flatten(0, 1))
+    exact = (tokens.double() * steps[:, None].double() if width > 1 else x.flatten(0, 1).double()) @ (weight.double() * scales[:, None].double()).T
+    found = layer(x).flatten(0, 1)
+    assert found.dtype == torch.float32 and ((found - linear.bias - exact).abs() <= 1e-5 * (exact.abs().amax(1, keepdim=True) + 1)).all()
+
+
+@pytest.mark.parametrize("whole_numbers", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (8, 3), (24, 32), (12, 2), (40, 257)])
-def test_a_product_is_that_of_the_rounded_weights(rows, width, out):
-    """Few rows go through the int8 kernel, many or odd ones through unpacked weights; both are within a rounding of bfloat16."""
+def test_a_product_is_nearly_that_of_the_rounded_weights(rows, width, out, whole_numbers):
+    """Whole numbers; or few rows through the kernel for bfloat16, many or odd ones through unpacked weights."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(width, out), torch.randn(2, rows, width)
     weight, scales = quantize.to_int8(linear.weight.detach())
     exact = torch.nn.functional.linear(x.double(), weight.double() * scales.double()[:, None], linear.bias.double())
-    found = Int8Linear(weight, scales, linear.bias)(x)
-    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.01 * exact.abs().max()
+    layer = Int8Linear(weight, scales, linear.bias)
+    layer.whole_numbers = whole_numbers
+    found = layer(x)
+    most = (x.abs() @ linear.weight.detach().abs().T).max()  # all terms of a sum, were they of one sign
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.008 * most
 
 
 def test_each_weight_is_off_by_half_a_step_at_most():
