@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import regex
+import torch
 from conftest import PROSE, TINY
 
 import bench
@@ -25,6 +26,9 @@ def tiny_gpt2(monkeypatch):
         monkeypatch.setitem(shape, "vocab_size", 60)
     monkeypatch.setattr(workloads, "NEW", 4)
     monkeypatch.setattr(gpt, "Muon", gpt.Muon)  # which a workload replaces, in a process of its own
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # the same
 
 
 @pytest.mark.parametrize(("part", "name"), WORKLOADS, ids=str)
