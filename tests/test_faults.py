@@ -136,7 +136,7 @@ def test_one_process_of_two_killed_ends_the_other_and_says_so(prose, victim):
     workers[victim].kill()
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
-    assert err.count("error: another process of this run has died: --resume goes on from the last save") == 1
+    assert err.count("error: another process of this run has died: --resume goes on from the last save") == 1, err[:3000]
     check_files(Path("here"))
     step = gpt.load_run("here")["step"]
     gpt.main(["--resume", "--out", "here", "--max_steps", str(step + 3)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -218,7 +219,9 @@ def test_a_real_process_streams_as_it_generates(checkpoints):
         model.transformer.wte.weight[tokenizer.eot] = -100 * model.transformer.ln_f.bias  # the end of text never comes
     gpt.save_checkpoint("checkpoints/first", model, tokenizer, overwrite=True)
     command = [sys.executable, str(ROOT / "sample.py"), "--model", "first", "--prompt", "a", "--max_new_tokens", "20000"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, here and in children
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout.read(20)[:1] == b"a"
     assert process.poll() is None  # still at it
     process.send_signal(2)
