@@ -1111,8 +1111,9 @@ def noting_signals():
     try:
         yield noted
     finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+        if world()[1] == 1:  # of several, one whose peer has died is to say so before torchrun's SIGTERM ends it
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
 
 
 def keep_freed_memory(options=((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1))):
