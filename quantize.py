@@ -19,8 +19,8 @@ from gpt import resolve_dtype
 
 def to_int8(weight):
     """(out, in) -> int8 (out, in), and the scales (out,) to multiply its rows with; the largest of each row is 127."""
-    scales = weight.abs().amax(1).clamp(min=1e-12) / 127
-    return (weight / scales[:, None]).round().to(torch.int8), scales
+    scales = torch.linalg.vector_norm(weight, math.inf, 1).clamp_(min=1e-12).div_(127)
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
 class Int8Linear(nn.Module):
@@ -39,8 +39,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # (B * T, in)
         if self.whole_numbers and x.device.type == "cpu" and rows.shape[1] > 1:  # of one column it makes nonsense
-            steps = torch.linalg.vector_norm(rows, math.inf, 1, keepdim=True).clamp_(min=1e-12).div_(127)  # (B * T, 1)
-            y = torch._int_mm((rows / steps).round_().to(torch.int8), self.weight.T) * (steps * self.scales)
+            tokens, steps = to_int8(rows)  # int8 (B * T, in), (B * T,)
+            y = torch._int_mm(tokens, self.weight.T) * (steps[:, None] * self.scales)
             return (y if self.bias is None else y.add_(self.bias)).to(x.dtype).view(*x.shape[:-1], -1)
         odd = rows.shape[1] % 32  # PyTorch's kernel reads beyond such rows: wrong numbers, or a crash of the interpreter
         if len(rows) > self.MOST_ROWS or odd or x.device.type != "cpu":
