@@ -2,10 +2,10 @@
 
 A token alone passes through every weight once, and waits for memory rather than for arithmetic. So each matrix is kept in
 eight bits, with one scale for each output channel, and what flows between stays in floating point. For the product itself
-there are two ways, by what the processor is good at. Where it computes bfloat16 natively, PyTorch's kernel multiplies eight
-bits with bfloat16. Elsewhere that would be emulated, so each token is rounded to eight bits, too, with a scale of its own, and
-whole numbers are multiplied (vector-wise quantization, Dettmers et al. 2022, "LLM.int8()", 2.1). The token embedding is the
-head, and shares its eight bits.
+there are two ways, by what the processor is good at. PyTorch's kernel multiplies eight bits with bfloat16. Where that would be
+emulated, but there are instructions for whole numbers (VNNI), each token is rounded to eight bits, too, with a scale of its own,
+and whole numbers are multiplied (vector-wise quantization, Dettmers et al. 2022, "LLM.int8()", 3.1). The token embedding is
+the head, and shares its eight bits.
 """
 
 import math
@@ -23,6 +23,12 @@ def to_int8(weight):
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
+def multiplies_whole_numbers():
+    """Without VNNI, products of whole numbers are added up in sixteen bits, which two large ones overflow: wrong sums, no error."""
+    vnni = any(on for name, on in torch.cpu.get_capabilities().items() if "vnni" in name)
+    return vnni and resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
+
+
 class Int8Linear(nn.Module):
     """What nn.Linear computes, from eight bits a weight."""
 
@@ -30,7 +36,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, scales, bias):
         super().__init__()
-        self.whole_numbers = resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
+        self.whole_numbers = multiplies_whole_numbers()
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("ones", torch.ones(len(scales), dtype=torch.bfloat16, device=scales.device))
