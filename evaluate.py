@@ -54,13 +54,12 @@ def text_of(folder, args):
     own, val_bytes = (training.get("data"), training.get("val_bytes")) if isinstance(training, dict) else (None, None)
     own = [name for name in own if isinstance(name, str) and not name.endswith(".jsonl")] if isinstance(own, list) else []
     val_bytes = args.val_bytes or (val_bytes if isinstance(val_bytes, int) and val_bytes > 0 else 2**20)
-    if not args.data:
-        return own or None, "val", val_bytes
-    asked, learned = ({Path(name).resolve() for name in names} for names in (args.data, own))
-    if args.split == "all" and asked & learned:
+    names, split = args.data or own, args.split or ("all" if args.data else "val")
+    asked, learned = ({Path(name).resolve() for name in texts} for texts in (names, own))
+    if split == "all" and asked & learned:
         advice = "--split val scores the part that was held out" if asked == learned else "its figure is no measure of what it would do on new text"
-        say(f"{folder} has learned most of {' '.join(name for name in args.data if Path(name).resolve() in learned)}: {advice}")
-    return args.data, args.split, val_bytes if asked == learned else args.val_bytes or 2**20
+        say(f"{folder} has learned most of {' '.join(name for name in names if Path(name).resolve() in learned)}: {advice}")
+    return names or None, split, val_bytes if asked == learned else args.val_bytes or 2**20
 
 
 def score(name, args):
@@ -202,7 +201,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", help="checkpoints: folders, or names under checkpoints/")
     add("--data", nargs="+", help="texts to score, as for gpt.py (default: those of the model's training)")
-    add("--split", choices=("all", "val"), default="all", help="all of the text, or its last tenth, which training holds out")
+    add("--split", choices=("all", "val"), help="all of the text, or its last tenth, which training holds out (default: all of --data, else val)")
     add("--val_bytes", type=int, help="the validation split is at most this many bytes (default: as in training, or 2**20)")
     add("--context", type=int, help="tokens in a window (default: the model's context)")
     add("--stride", type=int, help="tokens from one window to the next (default: --context); smaller: more exact, and slower")

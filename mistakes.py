@@ -48,7 +48,7 @@ def untied(model):
     return [holding(model.lm_head, "weight", nn.Parameter(untrained))]
 
 
-def peek(q, k, v, *_):
+def peek(q, k, v, *_, **__):
     T, S = q.shape[2], k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, torch.ones(T, S, dtype=torch.bool).tril(S - T + 1))
 
@@ -73,7 +73,7 @@ MISTAKES = {  # name -> what it changes in the model or in gpt.py, for as long a
     "exact GELU, not tanh": lambda model: [holding(F, "gelu", lambda x, approximate: gelu(x))],
     "LayerNorm eps 1e-12": lambda model: [holding(m, "eps", 1e-12) for m in model.modules() if isinstance(m, nn.LayerNorm)],
     "head not tied": untied,
-    "scores not divided by √D": lambda model: [holding(gpt, "attention", lambda q, *kv: attention(q * q.shape[-1] ** 0.5, *kv))],
+    "scores not divided by √D": lambda model: [holding(gpt, "attention", lambda q, *kv, **form: attention(q * q.shape[-1] ** 0.5, *kv, **form))],
     "mask off by one": lambda model: [holding(gpt, "attention", peek)],
     "post-LayerNorm": lambda model: [holding(gpt.Block, "forward", post_norm)],
     "positions shifted by one": moved,

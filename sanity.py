@@ -5,6 +5,7 @@ what a failure usually means.
 """
 
 import dataclasses
+import functools
 import math
 import platform
 import tempfile
@@ -15,6 +16,7 @@ import torch
 
 import gpt
 from gpt import GPT, TokenDataset, Tokenizer
+from mistakes import holding
 
 
 @dataclasses.dataclass
@@ -127,12 +129,12 @@ def repeats(subject, most=2**21):
 
 def moved(subject, tokens, seen):
     """Change some tokens of a text: how far do the logits at the places seen move? In attention's written-out form and the fused."""
-    idx = subject.batch(1, 128)[0]
+    idx, either = subject.batch(1, 128)[0], gpt.attention
     changed, moves = idx.clone(), []
     changed[:, tokens] = (changed[:, tokens] + 1) % subject.config.vocab_size
-    for gradient in (True, False):
-        with torch.set_grad_enabled(gradient):
-            before, after = (subject.model(text)[0][:, seen].detach() for text in (idx, changed))
+    for fused in (False, True):
+        with torch.no_grad(), holding(gpt, "attention", functools.partial(either, fused=fused)):
+            before, after = (subject.model(text)[0][:, seen] for text in (idx, changed))
         moves.append(((after - before).abs().max() / before.abs().max()).item())
     return moves
 
@@ -171,7 +173,7 @@ def overfit(subject, most=100):
             break
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gpt.clip(model.parameters(), 1.0)
         optimizer.step()
     return f"{loss.item():.3f} nats per token after {step} steps", f"under 0.5 before step {most}", loss.item() < 0.5
 
@@ -205,7 +207,7 @@ def save_and_load(subject):
 
 CHECKS = {  # what is checked -> (how, what a failure usually means)
     "shapes": (shapes, "a transpose or view that mixes up batch, time and heads"),
-    "first loss": (first_loss, "an initialization bug: the embedding at N(0, 1) gives hundreds; far below: targets leak into the inputs"),
+    "first loss": (first_loss, "an initialization bug: the embedding at N(0, 1) gives hundreds; far below: targets that are the inputs themselves"),
     "first logits": (first_logits, "an embedding or head with a wrong deviation, or a final norm that is missing"),
     "token ids": (token_ids, "tokens of another vocabulary, or a file of tokens read with the wrong width"),
     "round trip": (round_trip, "a vocabulary without some bytes, or text that is changed on its way in"),

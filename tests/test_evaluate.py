@@ -92,6 +92,9 @@ def test_unasked_it_gives_the_figure_of_the_training_log(words, capsys):
     assert "has learned most of ./words.txt: --split val" in capsys.readouterr().err
     run("--model", "mine", "--data", "./words.txt", "--split", "val", "--json", "--dtype", "float32")
     assert rows_of(capsys)[0]["tokens"] == row["tokens"], "the part that training held out"
+    run("--model", "mine", "--split", "all", "--json")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tokens"] == len(words.encode()) and "has learned most of words.txt: --split val" in err
     Path("more.txt").write_text(words[::-1])
     run("--model", "mine", "--data", "words.txt", "more.txt")
     assert "has learned most of words.txt: its figure is no measure" in capsys.readouterr().err
@@ -174,6 +177,12 @@ def blind_mask(monkeypatch):
 def only_fused_broken(monkeypatch):
     original = gpt.F.scaled_dot_product_attention
     monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda q, k, v, mask=None, p=0.0, is_causal=False: original(q, k, v))
+
+
+def only_written_out_broken(monkeypatch):
+    """The mask is added to nothing: what comes after a token counts as much as what came before it."""
+    original = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda mask, q, k, **scale: original(torch.zeros_like(mask), q, k, **scale))
 
 
 def no_past(monkeypatch):
@@ -317,6 +326,7 @@ BREAKAGES = {
     broken_mask: {"causality", "cache"},
     blind_mask: {"causality"},
     only_fused_broken: {"causality", "cache"},
+    only_written_out_broken: {"causality"},
     no_past: {"the past"},
     unshifted: {"targets", "first loss"},  # each token's embedding is its own best match in the head
     shifted_twice: {"targets"},
@@ -360,7 +370,7 @@ def test_the_smallest_models_pass_too(words, capsys, shape):
 def test_every_check_can_fail():
     assert set().union(*BREAKAGES.values()) == set(sanity.CHECKS)
     readme = (ROOT / "README.md").read_text()
-    assert (len(sanity.CHECKS), len(BREAKAGES)) == (15, 21) and "fifteen things" in readme and "in twenty-one ways" in readme
+    assert (len(sanity.CHECKS), len(BREAKAGES)) == (15, 22) and "fifteen things" in readme and "in twenty-two ways" in readme
 
 
 # ---------------------------------------------------------------------------------------------------------------------
