@@ -619,7 +619,7 @@ class Block(nn.Module):
 
 
 def check_sampling(temperature, top_k, top_p):
-    require(0 <= temperature < math.inf, f"temperature is {temperature}, expected 0 or more")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}, expected 0 or more, and finite")
     require(top_k is None or 1 <= top_k <= 2**31, f"top_k is {top_k}, expected 1 to 2**31")
     require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1")
 
@@ -641,9 +641,9 @@ def choices(logits, temperature=1.0, top_k=None, top_p=None):
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Choose a token for each row of logits (B, V) -> (B, 1); options as for `choices`, and temperature 0 takes the largest."""
+    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    require(logits.amax(-1).isfinite().all(), "the logits are not finite: the model's weights are damaged, or too large for --dtype")
     tokens, probs = choices(logits, temperature, top_k, top_p)
     return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
@@ -1116,10 +1116,10 @@ def noting_signals():
                 signal.signal(number, handler)
 
 
-def keep_freed_memory(options=((-1, 2**31 - 1), (-2, 2**26), (-3, 2**30), (-8, 1))):
+def keep_freed_memory(options=((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25), (-3, 2**30), (-8, 1))):
     """Let glibc keep what PyTorch frees: taken back by the system, it costs a fifth of a step in page faults."""
     with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
-        for option, value in options:  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
+        for option, value in options:  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (old ones: at most 2**25), M_ARENA_MAX
             ctypes.CDLL(None).mallopt(option, value)
 
 
@@ -1249,7 +1249,8 @@ class Parser(argparse.ArgumentParser):
                 require(given != "" or name == "prompt", f"--{name} is empty: give it a value")
                 require(not regex.search("[\0\ud800-\udfff]", str(given)), f"--{name} is no text: {given!r}")
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            asked, flags = unknown[0].split("=")[0], self._option_string_actions
+            near = [flag for flag in flags if flag.startswith(asked)] or difflib.get_close_matches(asked, flags, 1)
             self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         return args
 

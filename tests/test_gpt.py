@@ -679,6 +679,13 @@ def test_top_p_counts_within_top_k():
     assert frequencies([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.55) == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_no_token_is_chosen_by_logits_that_are_not_finite(temperature, poison):
+    with pytest.raises(gpt.InputError, match="the logits are not finite"):
+        gpt.next_token(torch.tensor([[0.0, 1.0], [poison, 2.0]]), temperature)
+
+
 def test_temperature_sharpens_flattens_and_at_zero_is_greedy():
     assert frequencies([0.8, 0.2], temperature=0.5) == pytest.approx([16 / 17, 1 / 17], abs=0.015)
     assert frequencies([0.8, 0.2], temperature=2.0) == pytest.approx([2 / 3, 1 / 3], abs=0.015)
