@@ -41,6 +41,7 @@ from workloads import (
     train_with_muon,
     tune,
     tune_transformers,
+    validating,
 )
 
 
@@ -200,8 +201,11 @@ def main(argv=None):
     picture = Path(args.picture or ("scaling.png" if args.scaling else "bench.png"))
     require(picture.parent.is_dir(), f"there is no folder {picture.parent} for --picture")
     if args.profile:
-        found = {name: profiled(name, args.steps) for name in SHAPES}
-        return print(json.dumps(found)) if args.json else scaling.show_shares(found)
+        found, share = {name: profiled(name, args.steps) for name in SHAPES}, validating(args.steps)
+        if args.json:
+            return print(json.dumps(found | {"validation": share}))
+        scaling.show_shares(found)
+        return print(f"validation, with its samples, pictures and checkpoints: {share:.1%} of a run of the preset tiny")
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
     require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")

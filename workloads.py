@@ -4,7 +4,10 @@ Each function returns one that makes a step; peers.py has the same for what a us
 """
 
 import functools
+import sys
 import tempfile
+import time
+from contextlib import ExitStack, redirect_stdout
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ import peers
 import quantize
 import scaling
 from gpt import GPT, GPTConfig, say
+from mistakes import holding
 
 
 def windows(vocab_size, block_size):
@@ -87,6 +91,35 @@ def profiled(name, steps=None):
     data = windows(shape["vocab_size"], shape["block_size"])
     config = gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw"})
     return scaling.shares(stepping(GPT(gpt.from_flags(GPTConfig, shape)), data, config), data, steps or 5)
+
+
+def validating(steps=None, more=()):
+    """-> the share of a run of the preset tiny that goes into validations, with the samples, pictures and checkpoints they make.
+
+    Measured over so many steps, and counted for all of a run.
+    """
+    config, spent = gpt.TrainConfig(max_steps=steps or 200), []
+
+    def timed(function):
+        @functools.wraps(function)
+        def wrapped(*args, **options):
+            began = time.perf_counter()
+            done = function(*args, **options)
+            spent.append(time.perf_counter() - began)
+            return done
+
+        return wrapped
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), ExitStack() as stack:
+        for owner, name in ((gpt, "evaluate"), (gpt, "save_run"), (GPT, "generate")):
+            stack.enter_context(holding(owner, name, timed(getattr(owner, name))))
+        gpt.main(["--max_steps", str(config.max_steps), "--out", folder, *more])
+        run = gpt.load_run(folder)
+    before = sum(spent[:-2])  # the clock of a run stops before its last save and sample
+    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - before) / config.max_steps
+    whole = gpt.TrainConfig()
+    validations = 1 + whole.max_steps // whole.eval_interval
+    return validations * one / (validations * one + whole.max_steps * step)
 
 
 def train_tiny(threads=None, **fields):

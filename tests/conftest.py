@@ -7,6 +7,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work do not take the processor from other programs
+
 import pytest
 import torch
 from safetensors import safe_open

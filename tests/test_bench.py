@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,15 +117,34 @@ def test_two_processes_share_a_step():
     assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
 
 
-def test_the_profile_names_all_of_a_step(capsys):
+def test_the_profile_names_all_of_a_step(own_folder, capsys):
     bench.main(["--profile", "--steps", "2", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found.keys() == workloads.SHAPES.keys()
+    assert 0 < found.pop("validation") < 1 and found.keys() == workloads.SHAPES.keys()
     for shares in found.values():
         assert sum(shares.values()) == pytest.approx(1) and {"matrix products", "data", "Python", "optimizer and clipping"} <= shares.keys()
         assert shares.get("other", 0) < 0.25
     bench.main(["--profile", "--steps", "1"])
-    assert "matrix products" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "matrix products" in out and regex.search(r"checkpoints: \d+\.\d% of a run of the preset tiny\n$", out)
+
+
+def test_the_share_of_validation_is_that_of_a_whole_run(prose, monkeypatch):
+    """Nine validations and 800 steps at the defaults, whatever was measured; here a validation takes a second and a step a tenth."""
+    clock = [0.0]
+
+    def taking(seconds, function):
+        def taken(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return taken
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(gpt, "evaluate", taking(1.0, gpt.evaluate))
+    monkeypatch.setattr(gpt, "gradients", taking(0.1, gpt.gradients))
+    share = workloads.validating(20, [*TINY, "--data", str(prose), "--max_steps", "20", "--eval_interval", "10"])
+    assert share == pytest.approx(9 * 1.0 / (9 * 1.0 + 800 * 0.1))
 
 
 BAD = {
