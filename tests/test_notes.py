@@ -67,9 +67,11 @@ def test_the_index_names_every_note_and_how_long_it_is_to_read():
     assert {name: int(number) for name, number in rows} == minutes and len(rows) == len(minutes)
 
 
-def test_every_flag_in_a_note_is_one_of_a_script():
+def test_every_flag_of_every_script_is_in_a_note_and_no_other():
     text = "".join(path.read_text(encoding="utf-8") for path in NOTES)
-    flags = {flag for name in SCRIPTS for flag in regex.findall(r"--\w+", script(name, "--help").stdout)}
+    flags = {flag for name in SCRIPTS for flag in regex.findall(r"--[\w-]+", script(name, "--help").stdout)}
+    flags -= {"--help", *(flag for flag in flags if flag.startswith("--no-"))}  # the opposites of others
     named = set(regex.findall(r"(?<![\w-])--[a-z]\w*(?![\w-])", text))
-    elsewhere = {"--nproc_per_node", "--version", "--cached", "--global", "--stdin", "--n_lay"}  # of torchrun and git; and one that is misspelt
+    assert flags <= named, sorted(flags - named)
+    elsewhere = {"--help", "--nproc_per_node", "--version", "--cached", "--global", "--stdin", "--n_lay"}  # of torchrun and git; and one that is misspelt
     assert named - flags <= elsewhere, sorted(named - flags)
