@@ -60,14 +60,19 @@ def nanogpt_recipe(config, data, val_data, tokenizer, steps=2000):
     return gpt.evaluate(Scored(), val_data, tokenizer)["bits_per_byte"]
 
 
+def tokens_of(step, new):
+    """How many tokens a step of generating makes: step 0, to warm up, a few."""
+    return new if step else min(8, new)
+
+
 def generate(dtype, streams, prompt, new):
     """GPT-2 in transformers: `new` tokens, greedily, after prompts of `prompt` tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(eos_token_id=None)).eval().to(getattr(torch, dtype))
     idx = torch.arange(prompt).repeat(streams, 1)
-    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
-    return lambda number: model.generate(idx + number, **options)
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
+    return lambda number: model.generate(idx + number, max_new_tokens=tokens_of(number, new), **options)
 
 
 def generate_llama(dtype, prompt, new):
@@ -84,7 +89,7 @@ def generate_llama(dtype, prompt, new):
     def step(number):
         model.reset()
         for made, _ in enumerate(model.generate([token + number for token in range(prompt)], temp=0.0), 1):
-            if made == new:
+            if made == tokens_of(number, new):
                 return
 
     return step
@@ -107,8 +112,9 @@ def generate_ctranslate2(dtype, prompt, new):
 
     def step(number):
         idx = [f"{token + number}" for token in range(prompt)]
-        options = {"min_length": new, "sampling_topk": 1, "include_prompt_in_result": False}
-        (made,) = model.generate_batch([idx], max_length=new, **options)
-        gpt.require(len(made.sequences_ids[0]) == new, "CTranslate2 made another number of tokens")
+        wanted = tokens_of(number, new)
+        options = {"min_length": wanted, "sampling_topk": 1, "include_prompt_in_result": False}
+        (made,) = model.generate_batch([idx], max_length=wanted, **options)
+        gpt.require(len(made.sequences_ids[0]) == wanted, "CTranslate2 made another number of tokens")
 
     return step

@@ -178,4 +178,4 @@ def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
     model = GPT(GPTConfig.preset("gpt2")).eval()
     model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     idx = torch.arange(prompt).repeat(streams, 1)
-    return lambda number: model.generate(idx + number, new, temperature=0)
+    return lambda number: model.generate(idx + number, peers.tokens_of(number, new), temperature=0)
