@@ -205,6 +205,7 @@ def show(rows):
 def plot(rows, path):
     """Time and memory of each sweep, both axes logarithmic: a straight line of slope 1 is a cost in proportion."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
     figure = Figure(figsize=(3.2 * len(sweeps), 5.5), layout="constrained")
@@ -218,6 +219,8 @@ def plot(rows, path):
                 axes.loglog(values, [scale * row["closed_form"] for row in points], "s:", ms=4, label="closed form")
                 axes.legend()
             axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.set_ylim(axes.get_ylim()[0] / 2, axes.get_ylim()[1] * 2)
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_minor_formatter("")
