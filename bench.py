@@ -189,7 +189,7 @@ def main(argv=None):
     parser.add_argument("--only", help="one workload of one part, in this process")
     parser.add_argument("--scaling", action="store_true", help="the parts scaling and corpus, with a picture of how costs grow")
     parser.add_argument("--plan", action="store_true", help="what training GPT-2's four sizes takes on 8 and 64 GPUs, by closed forms")
-    parser.add_argument("--profile", action="store_true", help="where the time of a step of training goes, at each shape")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step of training goes, at each shape, and validation's share")
     parser.add_argument("--picture", help="where to draw it (default: bench.png or scaling.png)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
@@ -200,6 +200,8 @@ def main(argv=None):
     names = args.parts or (["scaling", "corpus"] if args.scaling else ["train", "generate"])
     picture = Path(args.picture or ("scaling.png" if args.scaling else "bench.png"))
     require(picture.parent.is_dir(), f"there is no folder {picture.parent} for --picture")
+    require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")
+    require(args.steps is None or 1 <= args.steps <= 10**6, f"--steps is {args.steps}, expected 1 to 1,000,000")
     if args.profile:
         found, share = {name: profiled(name, args.steps) for name in SHAPES}, validating(args.steps)
         if args.json:
@@ -208,8 +210,6 @@ def main(argv=None):
         return print(f"validation, with its samples, pictures and checkpoints: {share:.1%} of a run of the preset tiny")
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
-    require(1 <= args.rounds <= 1000, f"--rounds is {args.rounds}, expected 1 to 1000")
-    require(args.steps is None or 1 <= args.steps <= 10**6, f"--steps is {args.steps}, expected 1 to 1,000,000")
     if args.only:
         workloads = PARTS[names[0]].workloads
         require(len(names) == 1 and args.only in workloads, f"--only is one of {', '.join(map(repr, workloads))}")

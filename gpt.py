@@ -1119,7 +1119,7 @@ def noting_signals():
 def keep_freed_memory(options=((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25), (-3, 2**30), (-8, 1))):
     """Let glibc keep what PyTorch frees: taken back by the system, it costs a fifth of a step in page faults."""
     with suppress(OSError, AttributeError, TypeError):  # another C library needs or knows no such thing
-        for option, value in options:  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (old ones: at most 2**25), M_ARENA_MAX
+        for option, value in options:  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (an old glibc refuses over 2**25), M_ARENA_MAX
             ctypes.CDLL(None).mallopt(option, value)
 
 
@@ -1250,7 +1250,7 @@ class Parser(argparse.ArgumentParser):
                 require(not regex.search("[\0\ud800-\udfff]", str(given)), f"--{name} is no text: {given!r}")
         if unknown:
             asked, flags = unknown[0].split("=")[0], self._option_string_actions
-            near = [flag for flag in flags if flag.startswith(asked)] or difflib.get_close_matches(asked, flags, 1)
+            near = [flag for flag in flags if asked.strip("-") and flag.startswith(asked)] or difflib.get_close_matches(asked, flags, 1)
             self.error(f"unknown argument {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         return args
 

@@ -25,7 +25,7 @@ def to_int8(weight):
 
 def multiplies_whole_numbers():
     """Without VNNI, products of whole numbers are added up in sixteen bits, which two large ones overflow: wrong sums, no error."""
-    vnni = any(on for name, on in torch.cpu.get_capabilities().items() if "vnni" in name)
+    vnni = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
     return vnni and resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
 
 

@@ -129,11 +129,11 @@ def repeats(subject, most=2**21):
 
 def moved(subject, tokens, seen):
     """Change some tokens of a text: how far do the logits at the places seen move? In attention's written-out form and the fused."""
-    idx, either = subject.batch(1, 128)[0], gpt.attention
+    idx, original = subject.batch(1, 128)[0], gpt.attention
     changed, moves = idx.clone(), []
     changed[:, tokens] = (changed[:, tokens] + 1) % subject.config.vocab_size
     for fused in (False, True):
-        with torch.no_grad(), holding(gpt, "attention", functools.partial(either, fused=fused)):
+        with torch.no_grad(), holding(gpt, "attention", functools.partial(original, fused=fused)):
             before, after = (subject.model(text)[0][:, seen] for text in (idx, changed))
         moves.append(((after - before).abs().max() / before.abs().max()).item())
     return moves

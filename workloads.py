@@ -96,7 +96,7 @@ def profiled(name, steps=None):
 def validating(steps=None, more=()):
     """-> the share of a run of the preset tiny that goes into validations, with the samples, pictures and checkpoints they make.
 
-    Measured over so many steps, and counted for all of a run.
+    Measured over so many steps, 200 by default, and reckoned for the preset's 800.
     """
     config, spent = gpt.TrainConfig(max_steps=steps or 200), []
 
@@ -115,8 +115,8 @@ def validating(steps=None, more=()):
             stack.enter_context(holding(owner, name, timed(getattr(owner, name))))
         gpt.main(["--max_steps", str(config.max_steps), "--out", folder, *more])
         run = gpt.load_run(folder)
-    before = sum(spent[:-2])  # the clock of a run stops before its last save and sample
-    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - before) / config.max_steps
+    clocked = sum(spent[:-2])  # the clock of a run stops before its last save and sample
+    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - clocked) / config.max_steps
     whole = gpt.TrainConfig()
     validations = 1 + whole.max_steps // whole.eval_interval
     return validations * one / (validations * one + whole.max_steps * step)

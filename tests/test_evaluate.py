@@ -180,7 +180,7 @@ def only_fused_broken(monkeypatch):
 
 
 def only_written_out_broken(monkeypatch):
-    """The mask is added to nothing: what comes after a token counts as much as what came before it."""
+    """No mask is added to the scores: what comes after a token counts as much as what came before it."""
     original = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda mask, q, k, **scale: original(torch.zeros_like(mask), q, k, **scale))
 

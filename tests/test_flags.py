@@ -103,7 +103,7 @@ CONTRADICTIONS = [
     ("sample", ["--prompt_file", "exported", "--prompt", "x"], "exclude each other"),
     ("bench", ["train", "generate", "--only", "x"], "--only"),
 ]
-UNKNOWN = [("gpt", "--n_layers", "--n_layer"), ("gpt", "--n_l", "--n_layer"), ("gpt", "--max_s=3", "--max_steps"), ("gpt", "--learning_rat", None),
+UNKNOWN = [("gpt", "--n_layers", "--n_layer"), ("gpt", "--n_l", "--n_layer"), ("gpt", "--max_s=3", "--max_steps"), ("gpt", "--learning_rat", None), ("gpt", "", None),
            ("gpt", "--batch-size", "--batch_size"), ("sample", "--topp", "--top_p"), ("sample", "--max_tokens", "--max_new_tokens"),
            ("finetune", "--ranks", "--rank"), ("finetune", "--methods", "--method"),
            ("evaluate", "--strid", "--stride"), ("export", "--fmt", "--format"), ("convert_gpt2", "--overwrit", "--overwrite"),

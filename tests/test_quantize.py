@@ -23,18 +23,18 @@ def test_the_largest_whole_numbers_add_up(rows, sign):
 @pytest.mark.parametrize(
     ("capabilities", "whole"),
     [({"avx512_vnni": True}, True), ({"avx_vnni": True}, True), ({"avx512_f": True, "avx512_vnni": False}, False), ({}, False),
-     ({"avx512_vnni": True, "amx_bf16": True}, False)],
+     ({"avx512_4vnniw": True, "avx_vnni_int16": True}, False), ({"avx512_vnni": True, "amx_bf16": True}, False)],
 )  # fmt: skip
 def test_whole_numbers_are_for_processors_that_add_them_up_right_and_have_nothing_better(monkeypatch, capabilities, whole):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert Int8Linear(torch.ones(2, 3, dtype=torch.int8), torch.ones(2), None).whole_numbers == whole
 
 
-VNNI = any(on for name, on in torch.cpu.get_capabilities().items() if "vnni" in name)
-WHOLE = pytest.param(True, marks=pytest.mark.skipif(not VNNI, reason="this processor adds whole numbers up in sixteen bits"))
+VNNI = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni"))
+NEEDS_VNNI = pytest.mark.skipif(not VNNI, reason="this processor adds whole numbers up in sixteen bits")
 
 
-@pytest.mark.skipif(not VNNI, reason="this processor adds whole numbers up in sixteen bits")
+@NEEDS_VNNI
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (8, 3), (24, 32), (12, 2), (40, 257), (2, 5), (1, 5)])
 def test_a_product_of_whole_numbers_is_that_of_rounded_weights_and_rounded_tokens(rows, width, out):
@@ -49,7 +49,7 @@ def test_a_product_of_whole_numbers_is_that_of_rounded_weights_and_rounded_token
     assert found.dtype == torch.float32 and ((found - linear.bias - exact).abs() <= 1e-5 * (exact.abs().amax(1, keepdim=True) + 1)).all()
 
 
-@pytest.mark.parametrize("whole_numbers", [WHOLE, False])
+@pytest.mark.parametrize("whole_numbers", [pytest.param(True, marks=NEEDS_VNNI), False])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (8, 3), (24, 32), (12, 2), (40, 257)])
 def test_a_product_is_nearly_that_of_the_rounded_weights(rows, width, out, whole_numbers):
