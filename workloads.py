@@ -93,12 +93,12 @@ def profiled(name, steps=None):
     return scaling.shares(stepping(GPT(gpt.from_flags(GPTConfig, shape)), data, config), data, steps or 5)
 
 
-def validating(steps=None, more=()):
+def validating(steps, more=()):
     """-> the share of a run of the preset tiny that goes into validations, with the samples, pictures and checkpoints they make.
 
-    Measured over so many steps, 200 by default, and reckoned for the preset's 800.
+    Measured over so many steps, 200 if None, and reckoned for the preset's 800.
     """
-    config, spent = gpt.TrainConfig(max_steps=steps or 200), []
+    steps, spent = steps or 200, []
 
     def timed(function):
         @functools.wraps(function)
@@ -113,10 +113,10 @@ def validating(steps=None, more=()):
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), ExitStack() as stack:
         for owner, name in ((gpt, "evaluate"), (gpt, "save_run"), (GPT, "generate")):
             stack.enter_context(holding(owner, name, timed(getattr(owner, name))))
-        gpt.main(["--max_steps", str(config.max_steps), "--out", folder, *more])
+        gpt.main(["--max_steps", str(steps), "--out", folder, *more])
         run = gpt.load_run(folder)
     clocked = sum(spent[:-2])  # the clock of a run stops before its last save and sample
-    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - clocked) / config.max_steps
+    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - clocked) / steps
     whole = gpt.TrainConfig()
     validations = 1 + whole.max_steps // whole.eval_interval
     return validations * one / (validations * one + whole.max_steps * step)
