@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 
@@ -60,10 +61,15 @@ class Speaker:
     def __init__(self, name, args):
         import gpt
         import models
+        import native
 
         self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
         self.device = gpt.resolve_device(args.device)
-        self.model, self.tokenizer = models.open_model(models.find_checkpoint(name), self.device, args.dtype, args.adapter)
+        folder = models.find_checkpoint(name)
+        if self.device.type == "cpu":
+            threading.Thread(target=native.library).start()  # C is compiled while the checkpoint is read
+        self.model, self.tokenizer = models.open_model(folder, self.device, args.dtype, args.adapter)
+        native.speed_up(self.model)
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
     def tokens(self, prompt):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import gpt
+import native
 import peers
 import quantize
 import scaling
@@ -167,7 +168,7 @@ def to_quality(peer=False, **options):
 PROMPT, NEW = 16, 200
 
 
-def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
+def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None, in_c=False):
     new = new or NEW
     if peer == "llama.cpp":
         return peers.generate_llama(dtype, prompt, new)
@@ -177,5 +178,6 @@ def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None):
         return peers.generate(dtype, streams, prompt, new)
     model = GPT(GPTConfig.preset("gpt2")).eval()
     model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+    model = native.speed_up(model) if in_c else model
     idx = torch.arange(prompt).repeat(streams, 1)
     return lambda number: model.generate(idx + number, peers.tokens_of(number, new), temperature=0)

@@ -1,0 +1,225 @@
+/* A block of a GPT for the few tokens that generating brings at a time: LayerNorm, attention over the cache, MLP, in one call.
+ *
+ * A token alone passes through every weight once, so what counts is to read the weights as fast as memory gives them, and
+ * not to stop between. native.py compiles this file, fills the structures and decides when to call it. It is plain C: the
+ * compiler turns the loops into vector instructions of the processor at hand. Shapes are as in gpt.py: B batch, T time,
+ * C channels, H heads, D = C / H; rows is B * T.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, INT8 };   /* how numbers are stored */
+enum { STORE, ADD, GELU };          /* what becomes of a product: y = p, y += p, y = gelu(p) */
+
+typedef struct {
+    long type, n_in, n_out;
+    const void *weight;             /* (n_out, n_in) */
+    const float *bias;              /* (n_out,), or NULL */
+    const float *scales;            /* int8 only, (n_out,): each row is its whole numbers times this */
+    const int32_t *sums;            /* int8 only, (n_out,): the sum of each row's whole numbers */
+} Linear;
+
+typedef struct {
+    long n_head, n_embd;
+    const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;     /* (C,) each */
+    Linear c_attn, attn_proj, c_fc, mlp_proj;
+} Block;
+
+static float widen(uint16_t half)   /* bfloat16 is the upper half of a float32 */
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint16_t narrow(float value)     /* to the nearest bfloat16, and of two equally near ones to the even one */
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value)
+        return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Sums of products of w (n,) with each of `rows` rows of x (rows, n). Four rows share the reading of w, and each row is a
+ * sum of its own, so that none waits for another. */
+#define DOTS(name, X, W, SUM, value)                                                            \
+static void name(const X *x, long rows, const W *w, long n, SUM *sums)                          \
+{                                                                                               \
+    long r = 0;                                                                                 \
+    for (; r + 4 <= rows; r += 4, x += 4 * n) {                                                 \
+        const X *x1 = x + n, *x2 = x + 2 * n, *x3 = x + 3 * n;                                  \
+        SUM s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                     \
+        for (long i = 0; i < n; i++) {                                                          \
+            s0 += x[i] * value(w[i]);                                                           \
+            s1 += x1[i] * value(w[i]);                                                          \
+            s2 += x2[i] * value(w[i]);                                                          \
+            s3 += x3[i] * value(w[i]);                                                          \
+        }                                                                                       \
+        sums[r] = s0, sums[r + 1] = s1, sums[r + 2] = s2, sums[r + 3] = s3;                     \
+    }                                                                                           \
+    for (; r < rows; r++, x += n) {                                                             \
+        SUM sum = 0;                                                                            \
+        for (long i = 0; i < n; i++)                                                            \
+            sum += x[i] * value(w[i]);                                                          \
+        sums[r] = sum;                                                                          \
+    }                                                                                           \
+}
+DOTS(dots_float32, float, float, float, )
+DOTS(dots_bfloat16, float, uint16_t, float, widen)
+DOTS(dots_int8, uint8_t, int8_t, int32_t, )
+
+/* A row of x (n,) -> whole numbers from 1 to 255, of which 128 stands for 0; returns how much a step is worth. */
+static float quantize(const float *x, long n, uint8_t *whole)
+{
+    uint32_t most = 0;      /* the largest number without its sign: as bits, these are in the same order */
+    for (long i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float largest;
+    memcpy(&largest, &most, sizeof most);
+    if (!(largest < INFINITY)) {    /* as in floating point, such a row makes nothing but NaN */
+        memset(whole, 128, n);
+        return NAN;
+    }
+    largest = fmaxf(largest, 1e-12f);
+    for (long i = 0; i < n; i++)
+        whole[i] = (int32_t)(x[i] * (127 / largest) + 128.5f);
+    return largest / 127;
+}
+
+enum { MOST_ROWS = 8 };
+
+/* x (rows, n_in) -> y (rows, n_out); whole (rows, n_in) is room to work in. */
+void gpt_linear(const Linear *p, const float *x, float *y, long rows, int after, uint8_t *whole, int threads)
+{
+    long size = p->type == FLOAT32 ? 4 : p->type == BFLOAT16 ? 2 : 1;
+    float steps[MOST_ROWS];
+    if (p->type == INT8)
+        for (long r = 0; r < rows; r++)
+            steps[r] = quantize(x + r * p->n_in, p->n_in, whole + r * p->n_in);
+
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long o = 0; o < p->n_out; o++) {
+        const char *w = (const char *)p->weight + o * p->n_in * size;
+        float sums[MOST_ROWS];
+        int32_t whole_sums[MOST_ROWS];
+        for (long i = 0; i < p->n_in * size; i += 64)     /* ask for what comes two kilobytes later */
+            __builtin_prefetch(w + 2048 + i);
+        if (p->type == FLOAT32)
+            dots_float32(x, rows, (const float *)w, p->n_in, sums);
+        else if (p->type == BFLOAT16)
+            dots_bfloat16(x, rows, (const uint16_t *)w, p->n_in, sums);
+        else {
+            dots_int8(whole, rows, (const int8_t *)w, p->n_in, whole_sums);
+            for (long r = 0; r < rows; r++)
+                sums[r] = (whole_sums[r] - 128 * p->sums[o]) * (steps[r] * p->scales[o]);
+        }
+        for (long r = 0; r < rows; r++) {
+            float *to = y + r * p->n_out + o, s = sums[r] + (p->bias ? p->bias[o] : 0);
+            if (after == GELU)  /* the tanh form of gpt.py, written with 1 + tanh(u) = 2 / (1 + exp(-2 u)) */
+                s /= 1 + expf(-1.5957691216057308f * (s + 0.044715f * s * s * s));
+            *to = after == ADD ? *to + s : s;
+        }
+    }
+}
+
+/* x (rows, n) -> y (rows, n): less the mean, through the standard deviation, times weight, plus bias. */
+static void layer_norm(const float *x, const float *weight, const float *bias, float *y, long rows, long n)
+{
+    for (long r = 0; r < rows; r++, x += n, y += n) {
+        float mean = 0, variance = 0;
+        for (long i = 0; i < n; i++)
+            mean += x[i];
+        mean /= n;
+        for (long i = 0; i < n; i++)
+            variance += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / sqrtf(variance / n + 1e-5f);
+        for (long i = 0; i < n; i++)
+            y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    }
+}
+
+/* One query (D,) over S keys and values (S, D) -> y (D,). The softmax runs along: a larger score shrinks what was summed up
+ * before it (online softmax, Milakov & Gimelshein 2018). */
+static void attend(const float *query, const void *keys, const void *values, long type, long S, long D, float *y)
+{
+    float largest = -INFINITY, total = 0, root = sqrtf(D);
+    memset(y, 0, D * sizeof *y);
+    for (long s = 0; s < S; s++) {
+        float score;
+        if (type == FLOAT32)
+            dots_float32(query, 1, (const float *)keys + s * D, D, &score);
+        else
+            dots_bfloat16(query, 1, (const uint16_t *)keys + s * D, D, &score);
+        score /= root;
+        if (score > largest) {
+            float shrink = expf(largest - score);
+            for (long d = 0; d < D; d++)
+                y[d] *= shrink;
+            total *= shrink;
+            largest = score;
+        }
+        float weight = expf(score - largest);
+        total += weight;
+        if (type == FLOAT32)
+            for (long d = 0; d < D; d++)
+                y[d] += weight * ((const float *)values)[s * D + d];
+        else
+            for (long d = 0; d < D; d++)
+                y[d] += weight * widen(((const uint16_t *)values)[s * D + d]);
+    }
+    for (long d = 0; d < D; d++)
+        y[d] /= total;
+}
+
+static void put(float value, void *to, long type, long i)
+{
+    if (type == FLOAT32)
+        ((float *)to)[i] = value;
+    else
+        ((uint16_t *)to)[i] = narrow(value);
+}
+
+/* A block changes x (B, T, C) in place. keys and values, (B, H, max_length, D) of cache_type, hold `past` tokens and get T more.
+ * work is room for B * T * 6 C floats. */
+static void block(const Block *p, float *x, void *keys, void *values, long cache_type, long B, long T, long past, long max_length,
+                  float *work, int threads)
+{
+    long C = p->n_embd, H = p->n_head, D = C / H, rows = B * T, size = cache_type == FLOAT32 ? 4 : 2;
+    float *y = work, *wide = work + rows * C;                   /* (rows, C) and (rows, 4 C) */
+    uint8_t *whole = (uint8_t *)(work + rows * 5 * C);          /* (rows, 4 C) bytes */
+
+    layer_norm(x, p->ln_1_weight, p->ln_1_bias, y, rows, C);
+    gpt_linear(&p->c_attn, y, wide, rows, STORE, whole, threads);   /* (rows, 3 C): queries, keys, values */
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long bh = 0; bh < B * H; bh++) {
+        char *k = (char *)keys + bh * max_length * D * size, *v = (char *)values + bh * max_length * D * size;
+        for (long t = 0; t < T; t++) {
+            const float *q = wide + (bh / H * T + t) * 3 * C + bh % H * D;
+            for (long d = 0; d < D; d++) {
+                put(q[C + d], k, cache_type, (past + t) * D + d);
+                put(q[2 * C + d], v, cache_type, (past + t) * D + d);
+            }
+            attend(q, k, v, cache_type, past + t + 1, D, y + (bh / H * T + t) * C + bh % H * D);
+        }
+    }
+    gpt_linear(&p->attn_proj, y, x, rows, ADD, whole, threads);
+    layer_norm(x, p->ln_2_weight, p->ln_2_bias, y, rows, C);
+    gpt_linear(&p->c_fc, y, wide, rows, GELU, whole, threads);      /* (rows, 4 C) */
+    gpt_linear(&p->mlp_proj, wide, x, rows, ADD, whole, threads);
+}
+
+/* All blocks, one after the other, each with keys and values of its own. */
+void gpt_blocks(const Block *blocks, long n_layer, float *x, void **keys, void **values, long cache_type, long B, long T, long past,
+                long max_length, float *work, int threads)
+{
+    for (long i = 0; i < n_layer; i++)
+        block(blocks + i, x, keys[i], values[i], cache_type, B, T, past, max_length, work, threads);
+}

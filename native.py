@@ -1,0 +1,138 @@
+"""Generating in C: the blocks of a GPT and its head, computed by native.c for the few tokens of a step.
+
+PyTorch starts some thirty operations a block for each token, twice as many in int8, and that takes as long as the arithmetic.
+Where there is a C compiler that knows OpenMP (on Linux: gcc), `speed_up` compiles native.c, in about a second, and lets it take
+the steps after the prompt. Elsewhere, and for all that is not generating, the model stays as it was.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpt import resolve_dtype
+from quantize import Int8Linear
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC"]
+FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+compiling = threading.Lock()
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("type", "n_in", "n_out")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("weight", "bias", "scales", "sums")]
+
+
+class Block(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("n_head", "n_embd")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("ln_1_weight", "ln_1_bias", "ln_2_weight", "ln_2_bias")]
+    _fields_ += [(name, Linear) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")]
+
+
+@functools.cache
+def compiled():
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(__file__).with_name("native.c"), Path(folder) / "native.so"
+        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(source), "-o", str(target), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+            found = ctypes.CDLL(str(target))  # it stays in memory when the file is gone
+        except (OSError, subprocess.SubprocessError):
+            return None
+    number, pointer, small = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+    found.gpt_linear.argtypes = [*[pointer] * 3, number, small, pointer, small]
+    found.gpt_blocks.argtypes = [pointer, number, *[pointer] * 3, *[number] * 5, pointer, small]
+    found.gpt_linear.restype = found.gpt_blocks.restype = None
+    return found
+
+
+def library():
+    """native.c as a library of this process, or None where it can't be compiled; whoever comes second waits."""
+    with compiling:
+        return compiled()
+
+
+def most_rows(dtype):
+    """Up to how many tokens at a time C is the faster one; MOST_ROWS of native.c is the most of all."""
+    return 2 if dtype == torch.bfloat16 == resolve_dtype("auto", torch.device("cpu")) else 8
+
+
+def addresses(tensors):
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def linear(layer):
+    """The structure of a linear layer, and the tensors that it points to, which must live as long."""
+    bias, scales = None if layer.bias is None else layer.bias.float(), getattr(layer, "scales", None)
+    sums = None if scales is None else layer.weight.sum(1, dtype=torch.int32)
+    tensors = [layer.weight.contiguous(), bias, scales, sums]
+    return Linear(TYPES[layer.weight.dtype], *reversed(layer.weight.shape), *addresses(tensors)), tensors
+
+
+def block(block):
+    """The structure of a Block, and the tensors that it points to."""
+    norms = [p.float() for p in (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)]
+    layers, tensors = zip(*map(linear, (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)), strict=True)
+    return Block(block.attn.n_head, len(norms[0]), *addresses(norms), *layers), (norms, tensors)
+
+
+def native_hidden(model):
+    """-> GPT.hidden(idx, caches), its blocks in C where idx (B, T) goes on after what is in the caches."""
+    original, parts, n_layer = model.hidden, model.transformer, len(model.transformer.h)
+    most, (structures, tensors) = most_rows(parts.h[0].attn.c_attn.weight.dtype), zip(*map(block, parts.h), strict=True)
+    blocks, pointers = (Block * n_layer)(*structures), ctypes.c_void_p * n_layer
+    blocks.tensors = tensors  # kept alive
+
+    def hidden(idx, caches=None):
+        B, T = idx.shape
+        past = caches[0].length if caches else 0
+        if past == 0 or past + T > model.config.block_size or B * T > most or torch.is_grad_enabled() or model.training:
+            return original(idx, caches)
+        embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
+        x, work = embedded.float(), torch.empty(6 * embedded.numel())
+        keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
+        library().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
+                             caches[0].max_length, work.data_ptr(), torch.get_num_threads())  # fmt: skip
+        for cache in caches:
+            cache.length += T
+        return parts.ln_f(x.to(embedded.dtype))
+
+    return hidden
+
+
+def native_linear(layer):
+    """-> forward(x) of a linear layer, in C where x (..., C) has few rows."""
+    original, most = layer.forward, most_rows(layer.weight.dtype)
+    facts, tensors = linear(layer)
+    facts.tensors = tensors  # kept alive
+
+    def forward(x):
+        rows = x.shape[:-1].numel()
+        if rows > most or torch.is_grad_enabled():
+            return original(x)
+        y, whole = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(x.shape, dtype=torch.uint8)
+        x32 = x.float().contiguous()
+        library().gpt_linear(ctypes.byref(facts), x32.data_ptr(), y.data_ptr(), rows, 0, whole.data_ptr(), torch.get_num_threads())
+        return y.to(x.dtype)
+
+    return forward
+
+
+@torch.no_grad()
+def speed_up(model):
+    """Let native.c take the steps of a GPT's generating, in place, where that is possible: the last thing to do to a model."""
+    layers = [layer for block in model.transformer.h for layer in (*block.attn.children(), *block.mlp.children())]
+    plain = all(type(layer) in (nn.Linear, Int8Linear) for layer in [*layers, model.lm_head] if hasattr(layer, "bias"))
+    if plain and model.transformer.wpe.weight.device.type == "cpu" and library():
+        model.hidden = native_hidden(model)
+        model.lm_head.forward = native_linear(model.lm_head)
+    return model
