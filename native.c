@@ -39,8 +39,6 @@ static uint16_t narrow(float value)     /* to the nearest bfloat16, and of two e
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        return 0x7fc0;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 

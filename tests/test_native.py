@@ -58,14 +58,27 @@ SHAPES = [(8, 2), (16, 16), (40, 5), (96, 3), (144, 2), (768, 12)]
 @pytest.mark.parametrize(("B", "step"), [(1, 1), (1, 7), (3, 1), (3, 2), (4, 2), (8, 1)])
 @pytest.mark.parametrize(("C", "H"), SHAPES)
 def test_in_float32_the_logits_are_those_of_gpt(C, H, B, step, calls):
-    """Beside the same model in float64: no further from it than 20 times what PyTorch's own float32 is."""
+    """They are about as far from those in float64 as PyTorch's own in float32: 0.5 to 1.1 times on one processor."""
     model, idx = shaped(C, H), torch.randint(97, (B, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(idx)[0][:, 10:]
-        own = (model(idx)[0][:, 10:] - exact).abs().max()
+        own = (model(idx)[0][:, 10:] - exact).square().mean().sqrt()
     found = through(native.speed_up(model), idx, 10, step)
-    assert (found - exact).abs().max() <= 20 * own < 1e-3 * exact.std()
+    assert (found - exact).square().mean().sqrt() <= 2 * own < 1e-4 * exact.std()
     assert calls == ["gpt_blocks", "gpt_linear"] * -(-14 // step)
+
+
+def test_large_scores_do_not_overflow(calls):
+    model, idx = shaped(16, 2, n_layer=1), torch.arange(24)[None]
+    attn = model.transformer.h[0].attn
+    attn.c_attn.weight.data[:32] *= 5  # queries and keys
+    with torch.no_grad():
+        x = model.transformer.wte(idx) + model.transformer.wpe.weight[:24]
+        q, k, _ = attn.c_attn(model.transformer.h[0].ln_1(x)).view(24, 3, 2, 8).permute(1, 2, 0, 3)
+        scores = q @ k.transpose(1, 2) / 8**0.5
+        assert (scores - scores[:, :, :1]).tril().amax() > 100, "more than exp can do beyond the first one"
+        exact = copy.deepcopy(model).double()(idx)[0][:, 10:]
+    assert (through(native.speed_up(model), idx, 10, 1) - exact).abs().max() < 1e-3 * exact.std() and calls
 
 
 @pytest.mark.parametrize("B", [1, 2])
@@ -175,6 +188,13 @@ def test_training_and_what_asks_for_gradients_is_left_alone(calls):
     model, idx = native.speed_up(shaped(16, 2)), torch.arange(8)[None]
     model(idx, idx)[1].backward()
     assert model.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0 and calls == []
+    caches = [gpt.KVCache(24) for _ in model.transformer.h]
+    model.hidden(idx, caches)
+    assert model.hidden(idx[:, :1], caches).requires_grad
+    model.requires_grad_(False).train()
+    with torch.no_grad():
+        model.hidden(idx[:, :1], caches)
+    assert calls == [] and caches[0].length == 10
 
 
 def test_bad_input_is_refused_as_before(calls):
