@@ -97,7 +97,7 @@ PARTS = {
         "finetune.py, head": lambda: tune("head"),
         "finetune.py, lora rank 8": lambda: tune("lora"),
     }),
-    "train": training_part("small", 100),
+    "train": training_part("small", 40),
     "train-large": training_part("large", 5),
     "train-gpt2": training_part("gpt2", 5),
     "muon": Part("tokens/s", 32 * 64, 20, {

@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { FLOAT32, BFLOAT16, INT8 };   /* how numbers are stored */
-enum { STORE, ADD, GELU };          /* what becomes of a product: y = p, y += p, y = gelu(p) */
+enum { STORE, ADD };                /* what becomes of a product: y = p, or y += p */
 
 typedef struct {
     long type, n_in, n_out;
@@ -44,7 +44,7 @@ static uint16_t narrow(float value)     /* to the nearest bfloat16, and of two e
 
 /* Sums of products of w (n,) with each of `rows` rows of x (rows, n). Four rows share the reading of w, and each row is a
  * sum of its own, so that none waits for another. */
-#define DOTS(name, X, W, SUM, value)                                                            \
+#define DOTS(name, X, W, SUM, wide_x, wide_w)                                                   \
 static void name(const X *x, long rows, const W *w, long n, SUM *sums)                          \
 {                                                                                               \
     long r = 0;                                                                                 \
@@ -52,23 +52,24 @@ static void name(const X *x, long rows, const W *w, long n, SUM *sums)          
         const X *x1 = x + n, *x2 = x + 2 * n, *x3 = x + 3 * n;                                  \
         SUM s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                     \
         for (long i = 0; i < n; i++) {                                                          \
-            s0 += x[i] * value(w[i]);                                                           \
-            s1 += x1[i] * value(w[i]);                                                          \
-            s2 += x2[i] * value(w[i]);                                                          \
-            s3 += x3[i] * value(w[i]);                                                          \
+            s0 += wide_x(x[i]) * wide_w(w[i]);                                                  \
+            s1 += wide_x(x1[i]) * wide_w(w[i]);                                                 \
+            s2 += wide_x(x2[i]) * wide_w(w[i]);                                                 \
+            s3 += wide_x(x3[i]) * wide_w(w[i]);                                                 \
         }                                                                                       \
         sums[r] = s0, sums[r + 1] = s1, sums[r + 2] = s2, sums[r + 3] = s3;                     \
     }                                                                                           \
     for (; r < rows; r++, x += n) {                                                             \
         SUM sum = 0;                                                                            \
         for (long i = 0; i < n; i++)                                                            \
-            sum += x[i] * value(w[i]);                                                          \
+            sum += wide_x(x[i]) * wide_w(w[i]);                                                 \
         sums[r] = sum;                                                                          \
     }                                                                                           \
 }
-DOTS(dots_float32, float, float, float, )
-DOTS(dots_bfloat16, float, uint16_t, float, widen)
-DOTS(dots_int8, uint8_t, int8_t, int32_t, )
+DOTS(dots_float32, float, float, float, , )
+DOTS(dots_bfloat16, float, uint16_t, float, , widen)
+DOTS(dots_keys_bfloat16, uint16_t, float, float, widen, )
+DOTS(dots_int8, uint8_t, int8_t, int32_t, , )
 
 /* A row of x (n,) -> whole numbers from 1 to 255, of which 128 stands for 0; returns how much a step is worth. */
 static float quantize(const float *x, long n, uint8_t *whole)
@@ -94,21 +95,25 @@ static float quantize(const float *x, long n, uint8_t *whole)
 
 enum { MOST_ROWS = 8 };
 
-/* x (rows, n_in) -> y (rows, n_out); whole (rows, n_in) is room to work in. */
-void gpt_linear(const Linear *p, const float *x, float *y, long rows, int after, uint8_t *whole, int threads)
+/* What follows is run by all threads together: each `omp for` hands out its rounds, and they wait for each other at its end. */
+
+/* x (rows, n_in) -> y (rows, n_out); room is for MOST_ROWS + rows * n_in / 4 floats. */
+static void linear(const Linear *p, const float *x, float *y, long rows, int after, float *room)
 {
     long size = p->type == FLOAT32 ? 4 : p->type == BFLOAT16 ? 2 : 1;
-    float steps[MOST_ROWS];
+    float *steps = room;
+    uint8_t *whole = (uint8_t *)(room + MOST_ROWS);     /* (rows, n_in) */
     if (p->type == INT8)
+        #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++)
             steps[r] = quantize(x + r * p->n_in, p->n_in, whole + r * p->n_in);
 
-    #pragma omp parallel for num_threads(threads) schedule(static)
+    #pragma omp for schedule(static)
     for (long o = 0; o < p->n_out; o++) {
         const char *w = (const char *)p->weight + o * p->n_in * size;
         float sums[MOST_ROWS];
         int32_t whole_sums[MOST_ROWS];
-        for (long i = 0; i < p->n_in * size; i += 64)     /* ask for what comes two kilobytes later */
+        for (long i = 0; i < p->n_in * size; i += 64)   /* ask for what comes two kilobytes later */
             __builtin_prefetch(w + 2048 + i);
         if (p->type == FLOAT32)
             dots_float32(x, rows, (const float *)w, p->n_in, sums);
@@ -121,57 +126,73 @@ void gpt_linear(const Linear *p, const float *x, float *y, long rows, int after,
         }
         for (long r = 0; r < rows; r++) {
             float *to = y + r * p->n_out + o, s = sums[r] + (p->bias ? p->bias[o] : 0);
-            if (after == GELU)  /* the tanh form of gpt.py, written with 1 + tanh(u) = 2 / (1 + exp(-2 u)) */
-                s /= 1 + expf(-1.5957691216057308f * (s + 0.044715f * s * s * s));
             *to = after == ADD ? *to + s : s;
         }
     }
 }
 
+/* x (n,) in place: the tanh form of gpt.py, by (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). */
+static void gelu(float *x, long n)
+{
+    #pragma omp for simd schedule(static)
+    for (long i = 0; i < n; i++)
+        x[i] /= 1 + expf(-1.5957691216057308f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+}
+
 /* x (rows, n) -> y (rows, n): less the mean, through the standard deviation, times weight, plus bias. */
 static void layer_norm(const float *x, const float *weight, const float *bias, float *y, long rows, long n)
 {
-    for (long r = 0; r < rows; r++, x += n, y += n) {
-        float mean = 0, variance = 0;
+    #pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const float *from = x + r * n;
+        float mean = 0, variance = 0, *to = y + r * n;
         for (long i = 0; i < n; i++)
-            mean += x[i];
+            mean += from[i];
         mean /= n;
         for (long i = 0; i < n; i++)
-            variance += (x[i] - mean) * (x[i] - mean);
+            variance += (from[i] - mean) * (from[i] - mean);
         float scale = 1 / sqrtf(variance / n + 1e-5f);
         for (long i = 0; i < n; i++)
-            y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+            to[i] = (from[i] - mean) * scale * weight[i] + bias[i];
     }
 }
 
-/* One query (D,) over S keys and values (S, D) -> y (D,). The softmax runs along: a larger score shrinks what was summed up
- * before it (online softmax, Milakov & Gimelshein 2018). */
+enum { KEYS = 64 };
+
+/* One query (D,) over S keys and values (S, D) -> y (D,), a few keys at a time. The softmax runs along: a larger score shrinks
+ * what was summed up before it (online softmax, Milakov & Gimelshein 2018). */
 static void attend(const float *query, const void *keys, const void *values, long type, long S, long D, float *y)
 {
     float largest = -INFINITY, total = 0, root = sqrtf(D);
     memset(y, 0, D * sizeof *y);
-    for (long s = 0; s < S; s++) {
-        float score;
+    for (long from = 0; from < S; from += KEYS) {
+        long n = S - from < KEYS ? S - from : KEYS;
+        float weights[KEYS], most = largest;
         if (type == FLOAT32)
-            dots_float32(query, 1, (const float *)keys + s * D, D, &score);
+            dots_float32((const float *)keys + from * D, n, query, D, weights);
         else
-            dots_bfloat16(query, 1, (const uint16_t *)keys + s * D, D, &score);
-        score /= root;
-        if (score > largest) {
-            float shrink = expf(largest - score);
-            for (long d = 0; d < D; d++)
-                y[d] *= shrink;
-            total *= shrink;
-            largest = score;
+            dots_keys_bfloat16((const uint16_t *)keys + from * D, n, query, D, weights);
+        for (long s = 0; s < n; s++) {
+            weights[s] /= root;
+            most = weights[s] > most ? weights[s] : most;
         }
-        float weight = expf(score - largest);
-        total += weight;
-        if (type == FLOAT32)
-            for (long d = 0; d < D; d++)
-                y[d] += weight * ((const float *)values)[s * D + d];
-        else
-            for (long d = 0; d < D; d++)
-                y[d] += weight * widen(((const uint16_t *)values)[s * D + d]);
+        float shrink = expf(largest - most);
+        largest = most;
+        total *= shrink;
+        for (long d = 0; d < D; d++)
+            y[d] *= shrink;
+        #pragma omp simd reduction(+:total)
+        for (long s = 0; s < n; s++) {
+            weights[s] = expf(weights[s] - largest);
+            total += weights[s];
+        }
+        for (long s = 0; s < n; s++)
+            if (type == FLOAT32)
+                for (long d = 0; d < D; d++)
+                    y[d] += weights[s] * ((const float *)values)[(from + s) * D + d];
+            else
+                for (long d = 0; d < D; d++)
+                    y[d] += weights[s] * widen(((const uint16_t *)values)[(from + s) * D + d]);
     }
     for (long d = 0; d < D; d++)
         y[d] /= total;
@@ -185,18 +206,16 @@ static void put(float value, void *to, long type, long i)
         ((uint16_t *)to)[i] = narrow(value);
 }
 
-/* A block changes x (B, T, C) in place. keys and values, (B, H, max_length, D) of cache_type, hold `past` tokens and get T more.
- * work is room for B * T * 6 C floats. */
+/* A block changes x (B, T, C) in place. keys and values, (B, H, max_length, D) of cache_type, hold `past` tokens and get T more. */
 static void block(const Block *p, float *x, void *keys, void *values, long cache_type, long B, long T, long past, long max_length,
-                  float *work, int threads)
+                  float *room)
 {
     long C = p->n_embd, H = p->n_head, D = C / H, rows = B * T, size = cache_type == FLOAT32 ? 4 : 2;
-    float *y = work, *wide = work + rows * C;                   /* (rows, C) and (rows, 4 C) */
-    uint8_t *whole = (uint8_t *)(work + rows * 5 * C);          /* (rows, 4 C) bytes */
+    float *y = room, *wide = y + rows * C, *rest = wide + rows * 4 * C;     /* (rows, C), (rows, 4 C) */
 
     layer_norm(x, p->ln_1_weight, p->ln_1_bias, y, rows, C);
-    gpt_linear(&p->c_attn, y, wide, rows, STORE, whole, threads);   /* (rows, 3 C): queries, keys, values */
-    #pragma omp parallel for num_threads(threads) schedule(static)
+    linear(&p->c_attn, y, wide, rows, STORE, rest);     /* (rows, 3 C): queries, keys, values */
+    #pragma omp for schedule(static)
     for (long bh = 0; bh < B * H; bh++) {
         char *k = (char *)keys + bh * max_length * D * size, *v = (char *)values + bh * max_length * D * size;
         for (long t = 0; t < T; t++) {
@@ -208,16 +227,24 @@ static void block(const Block *p, float *x, void *keys, void *values, long cache
             attend(q, k, v, cache_type, past + t + 1, D, y + (bh / H * T + t) * C + bh % H * D);
         }
     }
-    gpt_linear(&p->attn_proj, y, x, rows, ADD, whole, threads);
+    linear(&p->attn_proj, y, x, rows, ADD, rest);
     layer_norm(x, p->ln_2_weight, p->ln_2_bias, y, rows, C);
-    gpt_linear(&p->c_fc, y, wide, rows, GELU, whole, threads);      /* (rows, 4 C) */
-    gpt_linear(&p->mlp_proj, wide, x, rows, ADD, whole, threads);
+    linear(&p->c_fc, y, wide, rows, STORE, rest);       /* (rows, 4 C) */
+    gelu(wide, rows * 4 * C);
+    linear(&p->mlp_proj, wide, x, rows, ADD, rest);
 }
 
-/* All blocks, one after the other, each with keys and values of its own. */
+/* All blocks, one after the other, each with keys and values of its own; room is for MOST_ROWS + B * T * 6 C floats. */
 void gpt_blocks(const Block *blocks, long n_layer, float *x, void **keys, void **values, long cache_type, long B, long T, long past,
-                long max_length, float *work, int threads)
+                long max_length, float *room, int threads)
 {
+    #pragma omp parallel num_threads(threads)
     for (long i = 0; i < n_layer; i++)
-        block(blocks + i, x, keys[i], values[i], cache_type, B, T, past, max_length, work, threads);
+        block(blocks + i, x, keys[i], values[i], cache_type, B, T, past, max_length, room);
+}
+
+void gpt_linear(const Linear *p, const float *x, float *y, long rows, float *room, int threads)
+{
+    #pragma omp parallel num_threads(threads)
+    linear(p, x, y, rows, STORE, room);
 }

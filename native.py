@@ -21,9 +21,10 @@ from torch import nn
 from gpt import resolve_dtype
 from quantize import Int8Linear
 
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC"]
 FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+MOST_ROWS = 8  # as in native.c
 compiling = threading.Lock()
 
 
@@ -49,7 +50,7 @@ def compiled():
         except (OSError, subprocess.SubprocessError):
             return None
     number, pointer, small = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    found.gpt_linear.argtypes = [*[pointer] * 3, number, small, pointer, small]
+    found.gpt_linear.argtypes = [*[pointer] * 3, number, pointer, small]
     found.gpt_blocks.argtypes = [pointer, number, *[pointer] * 3, *[number] * 5, pointer, small]
     found.gpt_linear.restype = found.gpt_blocks.restype = None
     return found
@@ -62,8 +63,8 @@ def library():
 
 
 def most_rows(dtype):
-    """Up to how many tokens at a time C is the faster one; MOST_ROWS of native.c is the most of all."""
-    return 2 if dtype == torch.bfloat16 == resolve_dtype("auto", torch.device("cpu")) else 8
+    """Up to how many tokens at a time C is the faster one."""
+    return 2 if dtype == torch.bfloat16 == resolve_dtype("auto", torch.device("cpu")) else MOST_ROWS
 
 
 def addresses(tensors):
@@ -98,10 +99,10 @@ def native_hidden(model):
         if past == 0 or past + T > model.config.block_size or B * T > most or torch.is_grad_enabled() or model.training:
             return original(idx, caches)
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
-        x, work = embedded.float(), torch.empty(6 * embedded.numel())
+        x, room = embedded.float(), torch.empty(MOST_ROWS + 6 * embedded.numel())
         keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
         library().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
-                             caches[0].max_length, work.data_ptr(), torch.get_num_threads())  # fmt: skip
+                             caches[0].max_length, room.data_ptr(), torch.get_num_threads())  # fmt: skip
         for cache in caches:
             cache.length += T
         return parts.ln_f(x.to(embedded.dtype))
@@ -119,9 +120,8 @@ def native_linear(layer):
         rows = x.shape[:-1].numel()
         if rows > most or torch.is_grad_enabled():
             return original(x)
-        y, whole = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(x.shape, dtype=torch.uint8)
-        x32 = x.float().contiguous()
-        library().gpt_linear(ctypes.byref(facts), x32.data_ptr(), y.data_ptr(), rows, 0, whole.data_ptr(), torch.get_num_threads())
+        y, room, x32 = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(MOST_ROWS + x.numel()), x.float().contiguous()
+        library().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, room.data_ptr(), torch.get_num_threads())
         return y.to(x.dtype)
 
     return forward
