@@ -625,18 +625,24 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def choices(logits, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V) -> the k tokens to choose among, most probable first (B, k), and their probabilities (B, k).
+    """Logits (B, V) -> the tokens to choose among (B, k), and their probabilities (B, k).
 
     temperature divides the logits; top_k keeps the k most probable tokens; top_p, of these, the fewest that reach the
-    probability p together (nucleus sampling, Holtzman et al. 2020, 3.1), and gives the others the probability 0.
+    probability p together (nucleus sampling, Holtzman et al. 2020, 3.1), and gives the others the probability 0. With
+    top_k or top_p the most probable come first, without them tokens stand in the order of their numbers.
     """
-    V = logits.shape[-1]
-    values, tokens = logits.float().topk(V if top_k is None else min(top_k, V))
-    probs = ((values - values[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # less the largest, so that nothing overflows
-    if top_p is not None and top_p < 1:  # the token that crosses the threshold stays: what came before it had not reached p
+    V, logits = logits.shape[-1], logits.float()
+    everything = logits, torch.arange(V, device=logits.device).expand_as(logits)
+    values, tokens = everything if top_k is None else logits.topk(min(top_k, V))  # (B, k)
+    probs = ((values - values.amax(-1, keepdim=True)) / max(temperature, 1e-9)).softmax(-1)  # less the largest: nothing overflows
+    if top_p is not None and top_p < 1:
+        likely = probs >= (1 - top_p) / (2 * probs.shape[-1])  # the others are less than half of 1 - p together: never needed
+        order = values.topk(int(likely.sum(-1).max())).indices  # and sorting all of V would take longer than a model's step
+        tokens, probs = tokens.gather(-1, order), probs.gather(-1, order)
         before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill((before >= top_p) & (before > 0), 0)
-    return tokens, probs / probs.sum(-1, keepdim=True)
+        probs = probs.masked_fill((before >= top_p) & (before > 0), 0)  # the token that crosses the threshold stays
+        probs = probs / probs.sum(-1, keepdim=True)
+    return tokens, probs
 
 
 def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -645,7 +651,10 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     tokens, probs = choices(logits, temperature, top_k, top_p)
-    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator))
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs do not have it
+    ends = probs.cumsum(-1, dtype=dtype)  # (B, k) tokens side by side on a line, each as long as it is probable
+    point = torch.rand(len(probs), 1, dtype=dtype, device=probs.device, generator=generator)
+    return tokens.gather(-1, torch.searchsorted(ends / ends[:, -1:], point, right=True))  # the one that a random point falls into
 
 
 class GPT(nn.Module):

@@ -87,12 +87,12 @@ def draw_sampling(model, tokenizer, path):
     tokens, _ = gpt.choices(logits[PROMPTS[0]], top_k=10)
     names = [repr(tokenizer.decode([i])) for i in tokens[0].tolist()]
     for number, temperature in enumerate((0.5, 1.0, 2.0)):
-        probs = gpt.choices(logits[PROMPTS[0]], temperature)[1][0, :10]
+        probs = gpt.choices(logits[PROMPTS[0]], temperature)[1][0, tokens[0]]
         panels[0].bar([place + 0.27 * (number - 1) for place in range(10)], probs.tolist(), 0.27, label=f"temperature {temperature}")
     panels[0].set_xticks(range(10), names, rotation=60, fontsize=8, parse_math=False)
     panels[0].set(ylabel="probability", title=f"after {PROMPTS[0]!r}")
     for prompt, vector in logits.items():
-        probs = gpt.choices(vector)[1][0]
+        probs = gpt.choices(vector)[1][0].sort(descending=True).values
         kept = int((gpt.choices(vector, top_p=0.9)[1] > 0).sum())
         panels[1].plot(range(1, len(probs) + 1), probs.cumsum(0).tolist(), label=f"after {prompt!r}: {kept} tokens")
         panels[1].plot(kept, probs[:kept].sum(), "ko", ms=4)

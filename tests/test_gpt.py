@@ -668,6 +668,39 @@ def test_top_p_of_1_keeps_every_token():
     assert (gpt.choices(logits, top_p=1.0)[1] > 0).all()
 
 
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.99, 0.9999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0, 0.5, 3, 30])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_sorting_it_all(spread, top_p):
+    logits = spread * torch.randn(2, 50257, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens, probs = gpt.choices(logits, top_p=top_p)
+    for row, candidates, found in zip(logits.softmax(-1), tokens, probs):  # in float64, where nothing is lost
+        ordered, kept = row.sort(descending=True).values, int((found > 0).sum())
+        assert ordered[: kept - 1].sum() - 2e-6 < top_p < ordered[:kept].sum() + 2e-6, "the fewest that reach it"
+        assert torch.allclose(row[candidates[:kept]], ordered[:kept], rtol=1e-5, atol=0), "and the most probable ones"
+        assert torch.allclose(found[:kept].double(), ordered[:kept] / ordered[:kept].sum(), rtol=1e-4, atol=0)
+
+
+def test_a_random_point_falls_into_each_token_as_often_as_it_is_probable(monkeypatch):
+    """On a line of 0.5, 0.25 and 0.25, with tokens of no probability before, between and after."""
+    logits = torch.tensor([0, 0.5, 0, 0.25, 0.25, 0]).log()
+    for point, token in {0.0: 1, 0.4999: 1, 0.5: 3, 0.7499: 3, 0.75: 4, 1 - 2**-53: 4}.items():
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, point=point, **_: torch.full(shape, point, dtype=dtype))
+        assert gpt.next_token(logits.expand(3, -1)).tolist() == [[token]] * 3, point
+    monkeypatch.undo()
+    logits = torch.tensor([1.0, 0.0]).log().expand(2, -1)
+    assert gpt.next_token(torch.tensor([[0.0, -20.0] + [-20.0] * 50_000])).shape == (1, 1) and gpt.next_token(logits).tolist() == [[0], [0]]
+
+
+def test_rare_tokens_come_as_often_as_they_should():
+    """Half of the probability lies in 50,000 tokens of 1e-5 each, less than float32 resolves a running sum to well."""
+    logits = torch.full((1, 50_001), 1e-5).log()
+    logits[0, 7] = math.log(0.5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([gpt.next_token(logits.expand(100, -1), generator=generator) for _ in range(40)])
+    assert (drawn != 7).float().mean().item() == pytest.approx(0.5, abs=0.03) and len(drawn.unique()) > 1500
+    assert drawn[drawn != 7].float().mean().item() == pytest.approx(25_000, rel=0.05), "from the whole line"
+
+
 def test_top_k_keeps_k_even_among_equals():
     assert sum(share > 0 for share in frequencies([0.25, 0.25, 0.25, 0.25], top_k=2)) == 2
     assert frequencies([0.1, 0.6, 0.3], top_k=2) == pytest.approx([0, 0.667, 0.333], abs=0.015)

@@ -453,13 +453,21 @@ def test_any_valid_parameters_give_a_valid_distribution_and_token(logits, temper
     logits = torch.tensor([logits] * rows)
     candidates, probs = gpt.choices(logits, temperature, top_k, top_p)
     k = min(top_k or logits.shape[1], logits.shape[1])
-    assert candidates.shape == probs.shape == (rows, k) and len(set(candidates[0].tolist())) == k
-    assert (probs >= 0).all() and torch.allclose(probs.sum(1), torch.ones(rows)) and probs[0].tolist() == sorted(probs[0].tolist(), reverse=True)
-    if top_p is not None and temperature >= 0.1:  # the kept are the fewest that reach p
-        whole, kept = gpt.choices(logits, temperature, top_k)[1][0].double(), int((probs[0] > 0).sum())
+    assert candidates.shape == probs.shape == (rows, probs.shape[1]) and len(set(candidates[0].tolist())) == probs.shape[1] <= k
+    assert (probs >= 0).all() and torch.allclose(probs.sum(1), torch.ones(rows)) and (probs.shape[1] == k or top_p is not None)
+    ordered = probs[0].sort(descending=True).values
+    assert torch.equal(ordered, probs[0]) or (top_k is None and top_p in (None, 1) and torch.equal(candidates[0], torch.arange(k)))
+    whole = ((logits[0].double() - logits[0].max()) / max(temperature, 1e-9)).softmax(-1).sort(descending=True).values[:k]
+    whole, kept = whole / whole.sum(), k
+    if top_p not in (None, 1):  # the kept are the fewest that reach p
+        kept = int((ordered > 0).sum())
         assert whole[:kept].sum() >= top_p - 1e-5 and (kept == 1 or whole[: kept - 1].sum() < top_p + 1e-5)
+    if temperature >= 0.1:
+        assert torch.allclose(ordered[:kept].double(), whole[:kept] / whole[:kept].sum(), atol=1e-5)
+    of = probs.new_zeros(logits.shape).scatter(1, candidates, probs)  # (rows, V) by the number of the token
+    assert ((of[0] > 0) <= (logits[0] >= logits[0].sort(descending=True).values[kept - 1])).all(), "none that is less probable"
     tokens = gpt.next_token(logits, temperature, top_k, top_p)
-    assert tokens.shape == (rows, 1) and ((0 <= tokens) & (tokens < logits.shape[1])).all()
+    assert tokens.shape == (rows, 1) and (temperature == 0 or (of.gather(1, tokens) > 0).all())
     if temperature == 0 or top_k == 1:
         assert (logits.gather(1, tokens) == logits.max()).all()
 
