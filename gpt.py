@@ -564,6 +564,7 @@ class KVCache:
         if self.k is None:
             self.k, self.v = k.new_empty(B, H, self.max_length, D), v.new_empty(B, H, self.max_length, D)
         new, self.length = slice(self.length, self.length + T), self.length + T
+        require(self.length <= self.max_length, f"{self.length} tokens do not fit into a cache for {self.max_length}")
         self.k[:, :, new], self.v[:, :, new] = k, v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 

@@ -97,12 +97,12 @@ enum { MOST_ROWS = 8 };
 
 /* What follows is run by all threads together: each `omp for` hands out its rounds, and they wait for each other at its end. */
 
-/* x (rows, n_in) -> y (rows, n_out); room is for MOST_ROWS + rows * n_in / 4 floats. */
-static void linear(const Linear *p, const float *x, float *y, long rows, int after, float *room)
+/* x (rows, n_in) -> y (rows, n_out); work is room for MOST_ROWS + rows * n_in / 4 floats. */
+static void linear(const Linear *p, const float *x, float *y, long rows, int after, float *work)
 {
     long size = p->type == FLOAT32 ? 4 : p->type == BFLOAT16 ? 2 : 1;
-    float *steps = room;
-    uint8_t *whole = (uint8_t *)(room + MOST_ROWS);     /* (rows, n_in) */
+    float *steps = work;
+    uint8_t *whole = (uint8_t *)(work + MOST_ROWS);     /* (rows, n_in) */
     if (p->type == INT8)
         #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++)
@@ -208,10 +208,10 @@ static void put(float value, void *to, long type, long i)
 
 /* A block changes x (B, T, C) in place. keys and values, (B, H, max_length, D) of cache_type, hold `past` tokens and get T more. */
 static void block(const Block *p, float *x, void *keys, void *values, long cache_type, long B, long T, long past, long max_length,
-                  float *room)
+                  float *work)
 {
     long C = p->n_embd, H = p->n_head, D = C / H, rows = B * T, size = cache_type == FLOAT32 ? 4 : 2;
-    float *y = room, *wide = y + rows * C, *rest = wide + rows * 4 * C;     /* (rows, C), (rows, 4 C) */
+    float *y = work, *wide = y + rows * C, *rest = wide + rows * 4 * C;     /* (rows, C), (rows, 4 C) */
 
     layer_norm(x, p->ln_1_weight, p->ln_1_bias, y, rows, C);
     linear(&p->c_attn, y, wide, rows, STORE, rest);     /* (rows, 3 C): queries, keys, values */
@@ -234,17 +234,17 @@ static void block(const Block *p, float *x, void *keys, void *values, long cache
     linear(&p->mlp_proj, wide, x, rows, ADD, rest);
 }
 
-/* All blocks, one after the other, each with keys and values of its own; room is for MOST_ROWS + B * T * 6 C floats. */
+/* All blocks, one after the other, each with keys and values of its own; work is room for MOST_ROWS + B * T * 6 C floats. */
 void gpt_blocks(const Block *blocks, long n_layer, float *x, void **keys, void **values, long cache_type, long B, long T, long past,
-                long max_length, float *room, int threads)
+                long max_length, float *work, int threads)
 {
     #pragma omp parallel num_threads(threads)
     for (long i = 0; i < n_layer; i++)
-        block(blocks + i, x, keys[i], values[i], cache_type, B, T, past, max_length, room);
+        block(blocks + i, x, keys[i], values[i], cache_type, B, T, past, max_length, work);
 }
 
-void gpt_linear(const Linear *p, const float *x, float *y, long rows, float *room, int threads)
+void gpt_linear(const Linear *p, const float *x, float *y, long rows, float *work, int threads)
 {
     #pragma omp parallel num_threads(threads)
-    linear(p, x, y, rows, STORE, room);
+    linear(p, x, y, rows, STORE, work);
 }

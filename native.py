@@ -1,31 +1,21 @@
 """Generating in C: the blocks of a GPT and its head, computed by native.c for the few tokens of a step.
 
-PyTorch starts some thirty operations a block for each token, twice as many in int8, and that takes as long as the arithmetic.
-Where there is a C compiler that knows OpenMP (on Linux: gcc), `speed_up` compiles native.c, in about a second, and lets it take
-the steps after the prompt. Elsewhere, and for all that is not generating, the model stays as it was.
+PyTorch starts some thirty operations a block for each token, eighty in int8, where that takes longer than the arithmetic. Where
+native.c can be compiled, `speed_up` lets it take the steps after the prompt; elsewhere, and for all that is not generating, the model
+stays as it was.
 """
 
 import ctypes
-import functools
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-import threading
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from compiled import library
 from gpt import resolve_dtype
 from quantize import Int8Linear
 
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC"]
-FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_ROWS = 8  # as in native.c
-compiling = threading.Lock()
 
 
 class Linear(ctypes.Structure):
@@ -37,29 +27,6 @@ class Block(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in ("n_head", "n_embd")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("ln_1_weight", "ln_1_bias", "ln_2_weight", "ln_2_bias")]
     _fields_ += [(name, Linear) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")]
-
-
-@functools.cache
-def compiled():
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(__file__).with_name("native.c"), Path(folder) / "native.so"
-        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(source), "-o", str(target), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-            found = ctypes.CDLL(str(target))  # it stays in memory when the file is gone
-        except (OSError, subprocess.SubprocessError):
-            return None
-    number, pointer, small = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    found.gpt_linear.argtypes = [*[pointer] * 3, number, pointer, small]
-    found.gpt_blocks.argtypes = [pointer, number, *[pointer] * 3, *[number] * 5, pointer, small]
-    found.gpt_linear.restype = found.gpt_blocks.restype = None
-    return found
-
-
-def library():
-    """native.c as a library of this process, or None where it can't be compiled; whoever comes second waits."""
-    with compiling:
-        return compiled()
 
 
 def most_rows(dtype):
@@ -95,14 +62,14 @@ def native_hidden(model):
 
     def hidden(idx, caches=None):
         B, T = idx.shape
-        past = caches[0].length if caches else 0
-        if past == 0 or past + T > model.config.block_size or B * T > most or torch.is_grad_enabled() or model.training:
+        past, room = (caches[0].length, caches[0].max_length) if caches else (0, 0)
+        if past == 0 or past + T > min(room, model.config.block_size) or B * T > most or torch.is_grad_enabled() or model.training:
             return original(idx, caches)
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
-        x, room = embedded.float(), torch.empty(MOST_ROWS + 6 * embedded.numel())
+        x, work = embedded.float(), torch.empty(MOST_ROWS + 6 * embedded.numel())
         keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
         library().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
-                             caches[0].max_length, room.data_ptr(), torch.get_num_threads())  # fmt: skip
+                             room, work.data_ptr(), torch.get_num_threads())  # fmt: skip
         for cache in caches:
             cache.length += T
         return parts.ln_f(x.to(embedded.dtype))
@@ -120,8 +87,8 @@ def native_linear(layer):
         rows = x.shape[:-1].numel()
         if rows > most or torch.is_grad_enabled():
             return original(x)
-        y, room, x32 = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(MOST_ROWS + x.numel()), x.float().contiguous()
-        library().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, room.data_ptr(), torch.get_num_threads())
+        y, work, x32 = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(MOST_ROWS + x.numel()), x.float().contiguous()
+        library().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, work.data_ptr(), torch.get_num_threads())
         return y.to(x.dtype)
 
     return forward

@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 
@@ -65,10 +64,7 @@ class Speaker:
 
         self.name, self.args, self.torch, self.say = name, args, gpt.torch, gpt.say
         self.device = gpt.resolve_device(args.device)
-        folder = models.find_checkpoint(name)
-        if self.device.type == "cpu":
-            threading.Thread(target=native.library).start()  # C is compiled while the checkpoint is read
-        self.model, self.tokenizer = models.open_model(folder, self.device, args.dtype, args.adapter)
+        self.model, self.tokenizer = models.open_model(models.find_checkpoint(name), self.device, args.dtype, args.adapter)
         native.speed_up(self.model)
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
@@ -153,6 +149,9 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):  # before PyTorch is imported: help comes at once
         add_arguments(argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])).print_help()
         return
+    import compiled
+
+    compiled.begin()  # while PyTorch is imported
     import gpt
 
     gpt.command(run)(argv)

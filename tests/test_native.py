@@ -1,17 +1,19 @@
 import copy
-import shutil
+import functools
+import subprocess
 
 import pytest
 import torch
 from conftest import TINY, enlarge
 
+import compiled
 import gpt
 import lora
 import native
 import quantize
 import sample
 
-if native.library() is None:
+if compiled.library() is None:
     pytest.skip("there is no C compiler with OpenMP", allow_module_level=True)
 
 
@@ -204,6 +206,10 @@ def test_bad_input_is_refused_as_before(calls):
         model.hidden(torch.arange(24)[None], caches)
         with pytest.raises(gpt.InputError, match="25 tokens do not fit into the context of 24"):
             model.hidden(torch.tensor([[1]]), caches)
+        caches = [gpt.KVCache(8) for _ in model.transformer.h]
+        model.hidden(torch.arange(8)[None], caches)
+        with pytest.raises(gpt.InputError, match="9 tokens do not fit into a cache for 8"):
+            model.hidden(torch.tensor([[1]]), caches)
     assert calls == []
 
 
@@ -218,17 +224,18 @@ def test_a_model_with_an_adapter_is_left_alone(calls):
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/cc", "", "cc -no-such-flag", "echo"])
 def test_without_a_compiler_nothing_changes(compiler, monkeypatch, capfd):
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(native, "library", native.compiled.__wrapped__)
+    monkeypatch.setattr(native, "library", compiled.compiled.__wrapped__)
     model = native.speed_up(shaped(16, 2))
     assert "hidden" not in vars(model) and "forward" not in vars(model.lm_head)
     assert model.generate(torch.arange(4)[None], 10).shape == (1, 14) and capfd.readouterr() == ("", "")
 
 
 def test_compiling_leaves_nothing_behind_and_happens_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-    fresh = native.functools.cache(native.compiled.__wrapped__)
-    monkeypatch.setattr(native, "compiled", fresh)
-    assert native.library() is native.library() is not None and fresh.cache_info().misses == 1 and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    fresh = functools.cache(compiled.compiled.__wrapped__)
+    monkeypatch.setattr(compiled, "compiled", fresh)
+    compiled.begin()
+    assert compiled.library() is compiled.library() is not None and fresh.cache_info().misses == 1 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -259,6 +266,6 @@ def test_the_loss_of_a_trained_model_stays_within_half_a_percent(prose, capsys):
 
 
 def test_the_compiler_has_no_complaint():
-    done = native.subprocess.run(["cc", *native.FLAGS, "-Wall", "-Wextra", "-Werror", "-std=c99", "-pedantic", "-fsyntax-only",
-                                  native.Path(native.__file__).with_name("native.c")], capture_output=True, text=True, check=False)  # fmt: skip
-    assert shutil.which("cc") and (done.returncode, done.stderr) == (0, "")
+    strict = ["-Wall", "-Wextra", "-Werror", "-std=c99", "-pedantic", "-fsyntax-only"]
+    done = subprocess.run(["cc", *compiled.FLAGS, *strict, compiled.SOURCE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
