@@ -629,13 +629,14 @@ def choices(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) -> the tokens to choose among (B, k), and their probabilities (B, k).
 
     temperature divides the logits; top_k keeps the k most probable tokens; top_p, of these, the fewest that reach the
-    probability p together (nucleus sampling, Holtzman et al. 2020, 3.1), and gives the others the probability 0. With
-    top_k or top_p the most probable come first, without them tokens stand in the order of their numbers.
+    probability p together (nucleus sampling, Holtzman et al. 2020, 3.1), and gives others the probability 0 or leaves them
+    out. With top_k, or top_p below 1, the most probable come first; else tokens stand in the order of their numbers.
     """
     V, logits = logits.shape[-1], logits.float()
     everything = logits, torch.arange(V, device=logits.device).expand_as(logits)
     values, tokens = everything if top_k is None else logits.topk(min(top_k, V))  # (B, k)
-    probs = ((values - values.amax(-1, keepdim=True)) / max(temperature, 1e-9)).softmax(-1)  # less the largest: nothing overflows
+    scaled = (values - values.amax(-1, keepdim=True)) / min(max(temperature, 1e-9), 1e30)  # 0 and less: nothing overflows
+    probs = scaled.softmax(-1)
     if top_p is not None and top_p < 1:
         likely = probs >= (1 - top_p) / (2 * probs.shape[-1])  # the others are less than half of 1 - p together: never needed
         order = values.topk(int(likely.sum(-1).max())).indices  # and sorting all of V would take longer than a model's step

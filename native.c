@@ -1,15 +1,22 @@
-/* A block of a GPT for the few tokens that generating brings at a time: LayerNorm, attention over the cache, MLP, in one call.
+/* The blocks of a GPT for the few tokens that generating brings at a time: LayerNorm, attention over the cache, MLP, in one call.
  *
  * A token alone passes through every weight once, so what counts is to read the weights as fast as memory gives them, and
- * not to stop between. native.py compiles this file, fills the structures and decides when to call it. It is plain C: the
+ * not to stop between. compiled.py compiles this file, native.py fills the structures and decides when to call it. It is plain C: the
  * compiler turns the loops into vector instructions of the processor at hand. Shapes are as in gpt.py: B batch, T time,
  * C channels, H heads, D = C / H; rows is B * T.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#if defined __x86_64__ && defined __GLIBC__
+#pragma omp declare simd notinbranch
+float expf(float);      /* the C library has one for vectors, too */
+#endif
+
+enum { MOST_ROWS = 8 };             /* B * T must not be more */
 enum { FLOAT32, BFLOAT16, INT8 };   /* how numbers are stored */
 enum { STORE, ADD };                /* what becomes of a product: y = p, or y += p */
 
@@ -83,7 +90,7 @@ static float quantize(const float *x, long n, uint8_t *whole)
     }
     float largest;
     memcpy(&largest, &most, sizeof most);
-    if (!(largest < INFINITY)) {    /* as in floating point, such a row makes nothing but NaN */
+    if (!(largest < INFINITY)) {    /* such a row makes NaN */
         memset(whole, 128, n);
         return NAN;
     }
@@ -93,11 +100,58 @@ static float quantize(const float *x, long n, uint8_t *whole)
     return largest / 127;
 }
 
-enum { MOST_ROWS = 8 };
+enum { KEYS = 64 };
+
+/* One query (D,) over S keys and values (S, D) -> y (D,), a few keys at a time. The softmax runs along: a larger score shrinks
+ * what was summed up before it (online softmax, Milakov & Gimelshein 2018). */
+static void attend(const float *query, const void *keys, const void *values, long type, long S, long D, float *y)
+{
+    float largest = -FLT_MAX, total = 0, root = sqrtf(D);
+    memset(y, 0, D * sizeof *y);
+    for (long from = 0; from < S; from += KEYS) {
+        long n = S - from < KEYS ? S - from : KEYS;
+        float weights[KEYS], most = largest;
+        if (type == FLOAT32)
+            dots_float32((const float *)keys + from * D, n, query, D, weights);
+        else
+            dots_keys_bfloat16((const uint16_t *)keys + from * D, n, query, D, weights);
+        for (long s = 0; s < n; s++) {
+            weights[s] /= root;
+            most = weights[s] > most ? weights[s] : most;
+        }
+        float shrink = expf(largest - most);
+        largest = most;
+        total *= shrink;
+        for (long d = 0; d < D; d++)
+            y[d] *= shrink;
+        #pragma omp simd reduction(+:total)
+        for (long s = 0; s < n; s++) {
+            weights[s] = expf(weights[s] - largest);
+            total += weights[s];
+        }
+        for (long s = 0; s < n; s++)
+            if (type == FLOAT32)
+                for (long d = 0; d < D; d++)
+                    y[d] += weights[s] * ((const float *)values)[(from + s) * D + d];
+            else
+                for (long d = 0; d < D; d++)
+                    y[d] += weights[s] * widen(((const uint16_t *)values)[(from + s) * D + d]);
+    }
+    for (long d = 0; d < D; d++)
+        y[d] /= total;
+}
+
+static void put(float value, void *to, long type, long i)
+{
+    if (type == FLOAT32)
+        ((float *)to)[i] = value;
+    else
+        ((uint16_t *)to)[i] = narrow(value);
+}
 
 /* What follows is run by all threads together: each `omp for` hands out its rounds, and they wait for each other at its end. */
 
-/* x (rows, n_in) -> y (rows, n_out); work is room for MOST_ROWS + rows * n_in / 4 floats. */
+/* x (rows, n_in) -> y (rows, n_out); work is room for MOST_ROWS + rows * n_in floats. */
 static void linear(const Linear *p, const float *x, float *y, long rows, int after, float *work)
 {
     long size = p->type == FLOAT32 ? 4 : p->type == BFLOAT16 ? 2 : 1;
@@ -155,55 +209,6 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         for (long i = 0; i < n; i++)
             to[i] = (from[i] - mean) * scale * weight[i] + bias[i];
     }
-}
-
-enum { KEYS = 64 };
-
-/* One query (D,) over S keys and values (S, D) -> y (D,), a few keys at a time. The softmax runs along: a larger score shrinks
- * what was summed up before it (online softmax, Milakov & Gimelshein 2018). */
-static void attend(const float *query, const void *keys, const void *values, long type, long S, long D, float *y)
-{
-    float largest = -INFINITY, total = 0, root = sqrtf(D);
-    memset(y, 0, D * sizeof *y);
-    for (long from = 0; from < S; from += KEYS) {
-        long n = S - from < KEYS ? S - from : KEYS;
-        float weights[KEYS], most = largest;
-        if (type == FLOAT32)
-            dots_float32((const float *)keys + from * D, n, query, D, weights);
-        else
-            dots_keys_bfloat16((const uint16_t *)keys + from * D, n, query, D, weights);
-        for (long s = 0; s < n; s++) {
-            weights[s] /= root;
-            most = weights[s] > most ? weights[s] : most;
-        }
-        float shrink = expf(largest - most);
-        largest = most;
-        total *= shrink;
-        for (long d = 0; d < D; d++)
-            y[d] *= shrink;
-        #pragma omp simd reduction(+:total)
-        for (long s = 0; s < n; s++) {
-            weights[s] = expf(weights[s] - largest);
-            total += weights[s];
-        }
-        for (long s = 0; s < n; s++)
-            if (type == FLOAT32)
-                for (long d = 0; d < D; d++)
-                    y[d] += weights[s] * ((const float *)values)[(from + s) * D + d];
-            else
-                for (long d = 0; d < D; d++)
-                    y[d] += weights[s] * widen(((const uint16_t *)values)[(from + s) * D + d]);
-    }
-    for (long d = 0; d < D; d++)
-        y[d] /= total;
-}
-
-static void put(float value, void *to, long type, long i)
-{
-    if (type == FLOAT32)
-        ((float *)to)[i] = value;
-    else
-        ((uint16_t *)to)[i] = narrow(value);
 }
 
 /* A block changes x (B, T, C) in place. keys and values, (B, H, max_length, D) of cache_type, hold `past` tokens and get T more. */

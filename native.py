@@ -40,15 +40,15 @@ def addresses(tensors):
 
 def linear(layer):
     """The structure of a linear layer, and the tensors that it points to, which must live as long."""
-    bias, scales = None if layer.bias is None else layer.bias.float(), getattr(layer, "scales", None)
-    sums = None if scales is None else layer.weight.sum(1, dtype=torch.int32)
-    tensors = [layer.weight.contiguous(), bias, scales, sums]
+    bias, scales = (None if part is None else part.detach().float() for part in (layer.bias, getattr(layer, "scales", None)))
+    weight = layer.weight.detach().contiguous()  # a tensor of its own: that of a parameter may be exchanged
+    tensors = [weight, bias, scales, None if scales is None else weight.sum(1, dtype=torch.int32)]
     return Linear(TYPES[layer.weight.dtype], *reversed(layer.weight.shape), *addresses(tensors)), tensors
 
 
 def block(block):
     """The structure of a Block, and the tensors that it points to."""
-    norms = [p.float() for p in (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)]
+    norms = [p.detach().float() for p in (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)]
     layers, tensors = zip(*map(linear, (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)), strict=True)
     return Block(block.attn.n_head, len(norms[0]), *addresses(norms), *layers), (norms, tensors)
 
@@ -63,10 +63,12 @@ def native_hidden(model):
     def hidden(idx, caches=None):
         B, T = idx.shape
         past, room = (caches[0].length, caches[0].max_length) if caches else (0, 0)
-        if past == 0 or past + T > min(room, model.config.block_size) or B * T > most or torch.is_grad_enabled() or model.training:
+        begun = past > 0 and len(caches[0].k) == B and caches[0].k.dtype in (torch.float32, torch.bfloat16)
+        fits = past + T <= min(room, model.config.block_size) and idx.max() < model.config.vocab_size and B * T <= most
+        if not (begun and fits) or torch.is_grad_enabled() or model.training:
             return original(idx, caches)
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
-        x, work = embedded.float(), torch.empty(MOST_ROWS + 6 * embedded.numel())
+        x, work = embedded.float().contiguous(), torch.empty(MOST_ROWS + 6 * embedded.numel(), dtype=torch.float32)
         keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
         library().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
                              room, work.data_ptr(), torch.get_num_threads())  # fmt: skip
@@ -87,7 +89,8 @@ def native_linear(layer):
         rows = x.shape[:-1].numel()
         if rows > most or torch.is_grad_enabled():
             return original(x)
-        y, work, x32 = torch.empty(*x.shape[:-1], facts.n_out), torch.empty(MOST_ROWS + x.numel()), x.float().contiguous()
+        x32 = x.float().contiguous()
+        y, work = x32.new_empty(*x.shape[:-1], facts.n_out), x32.new_empty(MOST_ROWS + x.numel())
         library().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, work.data_ptr(), torch.get_num_threads())
         return y.to(x.dtype)
 
@@ -96,9 +99,13 @@ def native_linear(layer):
 
 @torch.no_grad()
 def speed_up(model):
-    """Let native.c take the steps of a GPT's generating, in place, where that is possible: the last thing to do to a model."""
+    """Let native.c take the steps of a GPT's generating, in place, where that is possible.
+
+    It is the last thing to do to a model: what is changed, converted or copied afterwards goes on with the weights of now.
+    """
     layers = [layer for block in model.transformer.h for layer in (*block.attn.children(), *block.mlp.children())]
-    plain = all(type(layer) in (nn.Linear, Int8Linear) for layer in [*layers, model.lm_head] if hasattr(layer, "bias"))
+    layers = [layer for layer in [*layers, model.lm_head] if hasattr(layer, "weight")]
+    plain = all(type(layer) in (nn.Linear, Int8Linear) and layer.weight.dtype in TYPES for layer in layers)
     if plain and model.transformer.wpe.weight.device.type == "cpu" and library():
         model.hidden = native_hidden(model)
         model.lm_head.forward = native_linear(model.lm_head)

@@ -719,6 +719,14 @@ def test_no_token_is_chosen_by_logits_that_are_not_finite(temperature, poison):
         gpt.next_token(torch.tensor([[0.0, 1.0], [poison, 2.0]]), temperature)
 
 
+@pytest.mark.parametrize("logits", [[-3.4e38, 3.4e38], [-math.inf, 1.0], [0.0, 1.0]])
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_the_highest_temperature_makes_no_nan(temperature, logits):
+    logits = torch.tensor([logits])
+    probs = gpt.choices(logits, temperature)[1]
+    assert probs.tolist() == [[0.5, 0.5] if logits[0, 0] == 0 else [0, 1]] and gpt.next_token(logits, temperature).shape == (1, 1)
+
+
 def test_temperature_sharpens_flattens_and_at_zero_is_greedy():
     assert frequencies([0.8, 0.2], temperature=0.5) == pytest.approx([16 / 17, 1 / 17], abs=0.015)
     assert frequencies([0.8, 0.2], temperature=2.0) == pytest.approx([2 / 3, 1 / 3], abs=0.015)

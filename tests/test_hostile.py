@@ -457,7 +457,7 @@ def test_any_valid_parameters_give_a_valid_distribution_and_token(logits, temper
     assert (probs >= 0).all() and torch.allclose(probs.sum(1), torch.ones(rows)) and (probs.shape[1] == k or top_p is not None)
     ordered = probs[0].sort(descending=True).values
     assert torch.equal(ordered, probs[0]) or (top_k is None and top_p in (None, 1) and torch.equal(candidates[0], torch.arange(k)))
-    whole = ((logits[0].double() - logits[0].max()) / max(temperature, 1e-9)).softmax(-1).sort(descending=True).values[:k]
+    whole = ((logits[0].double() - logits[0].max()) / min(max(temperature, 1e-9), 1e30)).softmax(-1).sort(descending=True).values[:k]
     whole, kept = whole / whole.sum(), k
     if top_p not in (None, 1):  # the kept are the fewest that reach p
         kept = int((ordered > 0).sum())

@@ -1,6 +1,7 @@
 import copy
 import functools
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,6 +214,64 @@ def test_bad_input_is_refused_as_before(calls):
     assert calls == []
 
 
+def test_a_token_outside_the_vocabulary_is_refused_as_before(calls):
+    model = native.speed_up(shaped(16, 2))
+    with torch.no_grad(), pytest.raises(gpt.InputError, match="outside the vocabulary of 97"):
+        through(model, torch.tensor([[1, 2, 97]]), 2, 1)
+    assert calls == []
+
+
+def test_a_cache_of_another_batch_is_no_place_to_write_to(calls):
+    model = native.speed_up(shaped(16, 2))
+    caches = [gpt.KVCache(24) for _ in model.transformer.h]
+    with torch.no_grad():
+        model.hidden(torch.tensor([[1, 2]]), caches)
+        with pytest.raises(RuntimeError):
+            model.hidden(torch.tensor([[1], [2], [3], [4]]), caches)
+    assert calls == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_batch_may_lie_across_memory(dtype, calls):
+    model, idx = shaped(40, 5), torch.randint(97, (6, 2), generator=torch.Generator().manual_seed(0)).T
+    model = native.speed_up(quantize.quantize(model) if dtype == "int8" else model)
+    assert torch.allclose(through(model, idx, 2, 2), through(model, idx.contiguous(), 2, 2), atol=1e-5) and calls
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.bfloat16, torch.nn.Module.double], ids=["bfloat16", "float64"])
+def test_what_is_converted_afterwards_does_not_lead_into_the_void(change, calls):
+    """The weights of before are still there, and still used."""
+    model, idx = native.speed_up(shaped(40, 5)), torch.arange(20)[None]
+    before = through(model, idx, 18, 1)
+    layer, x = model.lm_head, torch.ones(1, 40)
+    with torch.no_grad():
+        first = layer(x)
+        change(model)
+        clutter = [torch.full((97, 40), 7.0) for _ in range(50)]  # onto what was freed
+        assert torch.equal(layer(x), first) and before.isfinite().all() and len(clutter) == 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_types_are_left_alone(dtype, calls):
+    assert "hidden" not in vars(native.speed_up(shaped(16, 2).to(dtype))) and calls == []
+
+
+def test_int8_beside_bfloat16_scales(calls, capsys):
+    model, idx = quantize.quantize(shaped(40, 5)).to(torch.bfloat16), torch.arange(20)[None]
+    assert native.speed_up(model).generate(idx, 4, temperature=0).shape == (1, 24) and calls
+
+
+def test_the_default_type_of_tensors_does_not_matter(calls):
+    model, idx = shaped(40, 5), torch.arange(20)[None]
+    before = through(native.speed_up(model), idx, 16, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = through(model, idx, 16, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, before) and calls
+
+
 def test_a_model_with_an_adapter_is_left_alone(calls):
     model, idx = lora.adapt(shaped(16, 2)), torch.arange(8)[None]
     for p in model.parameters():
@@ -221,10 +280,11 @@ def test_a_model_with_an_adapter_is_left_alone(calls):
     assert torch.equal(native.speed_up(model).generate(idx, 10, temperature=0), before) and calls == []
 
 
-@pytest.mark.parametrize("compiler", ["false", "/nowhere/cc", "", "cc -no-such-flag", "echo"])
+@pytest.mark.parametrize("compiler", ["false", "/nowhere/cc", "", "cc -no-such-flag", "echo", "gcc '"])
 def test_without_a_compiler_nothing_changes(compiler, monkeypatch, capfd):
     monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(native, "library", compiled.compiled.__wrapped__)
+    monkeypatch.setattr(compiled, "begin", lambda: ThreadPoolExecutor(1).submit(compiled.build))
+    monkeypatch.setattr(native, "library", compiled.library.__wrapped__)
     model = native.speed_up(shaped(16, 2))
     assert "hidden" not in vars(model) and "forward" not in vars(model.lm_head)
     assert model.generate(torch.arange(4)[None], 10).shape == (1, 14) and capfd.readouterr() == ("", "")
@@ -232,10 +292,17 @@ def test_without_a_compiler_nothing_changes(compiler, monkeypatch, capfd):
 
 def test_compiling_leaves_nothing_behind_and_happens_once(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
-    fresh = functools.cache(compiled.compiled.__wrapped__)
-    monkeypatch.setattr(compiled, "compiled", fresh)
+    built = []
+    monkeypatch.setattr(compiled, "begin", functools.cache(lambda: ThreadPoolExecutor(1).submit(lambda: built.append(1) or compiled.build())))
+    monkeypatch.setattr(compiled, "library", functools.cache(compiled.library.__wrapped__))
     compiled.begin()
-    assert compiled.library() is compiled.library() is not None and fresh.cache_info().misses == 1 and list(tmp_path.iterdir()) == []
+    assert compiled.library() is compiled.library() is not None and built == [1] and list(tmp_path.iterdir()) == []
+
+
+def test_without_room_for_the_library_nothing_changes(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(compiled, "begin", lambda: ThreadPoolExecutor(1).submit(compiled.build))
+    assert compiled.library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -267,5 +334,5 @@ def test_the_loss_of_a_trained_model_stays_within_half_a_percent(prose, capsys):
 
 def test_the_compiler_has_no_complaint():
     strict = ["-Wall", "-Wextra", "-Werror", "-std=c99", "-pedantic", "-fsyntax-only"]
-    done = subprocess.run(["cc", *compiled.FLAGS, *strict, compiled.SOURCE], capture_output=True, text=True, check=False)
+    done = subprocess.run([*compiled.compiler(), *compiled.FLAGS, *strict, compiled.SOURCE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
