@@ -142,7 +142,7 @@ GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer":
         "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
 PRESETS = {  # dicts of flag defaults; flags that are given win
     "tiny": {},
-    "shakespeare-10min": {"data": ["shakespeare"], "out": "checkpoints/shakespeare", "max_steps": 2000, "dropout": 0.15, "eval_interval": 250},
+    "shakespeare-10min": {"data": ["shakespeare"], "out": "checkpoints/shakespeare", "max_steps": 3500, "dropout": 0.2, "eval_interval": 250},
     "scratch-152m": GPT2 | {"n_layer": 16},
     "gpt2": GPT2,
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "lr": 3e-4},

@@ -1,8 +1,9 @@
 """The pictures of the notes, drawn from our own code and models.
 
     python gpt.py --preset shakespeare-10min
-    python gpt.py --preset shakespeare-10min --dropout 0 --out checkpoints/no-dropout
-    python pictures.py --model shakespeare --curves checkpoints/shakespeare checkpoints/no-dropout
+    python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0.15 --out checkpoints/dropout
+    python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out checkpoints/no-dropout
+    python pictures.py --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
 """
 
 import csv

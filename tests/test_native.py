@@ -332,6 +332,10 @@ def test_the_loss_of_a_trained_model_stays_within_half_a_percent(prose, capsys):
     assert losses[0] < 3.5 and losses[0] != losses[1] == pytest.approx(losses[0], rel=0.005)
 
 
+def test_both_sides_agree_on_the_most_rows():
+    assert f"enum {{ MOST_ROWS = {native.MOST_ROWS} }};" in compiled.SOURCE.read_text()
+
+
 def test_the_compiler_has_no_complaint():
     strict = ["-Wall", "-Wextra", "-Werror", "-std=c99", "-pedantic", "-fsyntax-only"]
     done = subprocess.run([*compiled.compiler(), *compiled.FLAGS, *strict, compiled.SOURCE], capture_output=True, text=True, check=False)
