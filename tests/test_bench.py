@@ -170,6 +170,9 @@ def test_bad_input_is_one_line_and_status_2(case, capsys):
 
 def test_without_the_peers_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit) as end:
-        bench.main(["finetune", "--only", "finetune.py, full"])
-    assert end.value.code == 2 and "pip install -r requirements-dev.txt" in capsys.readouterr().err
+    for part, peer in (("finetune", "transformers, full, float32"), ("generate", "CTranslate2, int8")):
+        with pytest.raises(SystemExit) as end:
+            bench.main([part, "--only", peer])
+        assert end.value.code == 2 and "pip install -r requirements-dev.txt" in capsys.readouterr().err
+    bench.main(["finetune", "--only", "finetune.py, bias", "--steps", "1"])  # which needs none
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
