@@ -38,7 +38,7 @@ def begin():
 
 
 @functools.cache
-def library():
+def load():
     """native.c as a library, or None where it can't be compiled."""
     try:
         with begin().result() as folder:

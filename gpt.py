@@ -633,8 +633,10 @@ def choices(logits, temperature=1.0, top_k=None, top_p=None):
     out. With top_k, or top_p below 1, the most probable come first; else tokens stand in the order of their numbers.
     """
     V, logits = logits.shape[-1], logits.float()
-    everything = logits, torch.arange(V, device=logits.device).expand_as(logits)
-    values, tokens = everything if top_k is None else logits.topk(min(top_k, V))  # (B, k)
+    if top_k is None:
+        values, tokens = logits, torch.arange(V, device=logits.device).expand_as(logits)
+    else:
+        values, tokens = logits.topk(min(top_k, V))  # (B, k)
     scaled = (values - values.amax(-1, keepdim=True)) / min(max(temperature, 1e-9), 1e30)  # 0 and less: nothing overflows
     probs = scaled.softmax(-1)
     if top_p is not None and top_p < 1:

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import nn
 
-from compiled import library
+from compiled import load
 from gpt import resolve_dtype
 from quantize import Int8Linear
 
@@ -70,7 +70,7 @@ def native_hidden(model):
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x, work = embedded.float().contiguous(), torch.empty(MOST_ROWS + 6 * embedded.numel(), dtype=torch.float32)
         keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
-        library().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
+        load().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
                              room, work.data_ptr(), torch.get_num_threads())  # fmt: skip
         for cache in caches:
             cache.length += T
@@ -91,7 +91,7 @@ def native_linear(layer):
             return original(x)
         x32 = x.float().contiguous()
         y, work = x32.new_empty(*x.shape[:-1], facts.n_out), x32.new_empty(MOST_ROWS + x.numel())
-        library().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, work.data_ptr(), torch.get_num_threads())
+        load().gpt_linear(ctypes.byref(facts), *addresses([x32, y]), rows, work.data_ptr(), torch.get_num_threads())
         return y.to(x.dtype)
 
     return forward
@@ -106,7 +106,7 @@ def speed_up(model):
     layers = [layer for block in model.transformer.h for layer in (*block.attn.children(), *block.mlp.children())]
     layers = [layer for layer in [*layers, model.lm_head] if hasattr(layer, "weight")]
     plain = all(type(layer) in (nn.Linear, Int8Linear) and layer.weight.dtype in TYPES for layer in layers)
-    if plain and model.transformer.wpe.weight.device.type == "cpu" and library():
+    if plain and model.transformer.wpe.weight.device.type == "cpu" and load():
         model.hidden = native_hidden(model)
         model.lm_head.forward = native_linear(model.lm_head)
     return model

@@ -14,21 +14,21 @@ import native
 import quantize
 import sample
 
-if compiled.library() is None:
+if compiled.load() is None:
     pytest.skip("there is no C compiler with OpenMP", allow_module_level=True)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the functions in C, each time one is called."""
-    found, lib = [], native.library()
+    found, lib = [], native.load()
 
     class Recorder:
         def __getattr__(self, name):
             found.append(name)
             return getattr(lib, name)
 
-    monkeypatch.setattr(native, "library", Recorder)
+    monkeypatch.setattr(native, "load", Recorder)
     return found
 
 
@@ -284,7 +284,7 @@ def test_a_model_with_an_adapter_is_left_alone(calls):
 def test_without_a_compiler_nothing_changes(compiler, monkeypatch, capfd):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(compiled, "begin", lambda: ThreadPoolExecutor(1).submit(compiled.build))
-    monkeypatch.setattr(native, "library", compiled.library.__wrapped__)
+    monkeypatch.setattr(native, "load", compiled.load.__wrapped__)
     model = native.speed_up(shaped(16, 2))
     assert "hidden" not in vars(model) and "forward" not in vars(model.lm_head)
     assert model.generate(torch.arange(4)[None], 10).shape == (1, 14) and capfd.readouterr() == ("", "")
@@ -294,15 +294,15 @@ def test_compiling_leaves_nothing_behind_and_happens_once(monkeypatch, tmp_path)
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
     built = []
     monkeypatch.setattr(compiled, "begin", functools.cache(lambda: ThreadPoolExecutor(1).submit(lambda: built.append(1) or compiled.build())))
-    monkeypatch.setattr(compiled, "library", functools.cache(compiled.library.__wrapped__))
+    monkeypatch.setattr(compiled, "load", functools.cache(compiled.load.__wrapped__))
     compiled.begin()
-    assert compiled.library() is compiled.library() is not None and built == [1] and list(tmp_path.iterdir()) == []
+    assert compiled.load() is compiled.load() is not None and built == [1] and list(tmp_path.iterdir()) == []
 
 
 def test_without_room_for_the_library_nothing_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path / "missing"))
     monkeypatch.setattr(compiled, "begin", lambda: ThreadPoolExecutor(1).submit(compiled.build))
-    assert compiled.library.__wrapped__() is None
+    assert compiled.load.__wrapped__() is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
