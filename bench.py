@@ -29,7 +29,7 @@ import torch
 
 import gpt
 import scaling
-from gpt import InputError, command, require, say
+from gpt import InputError, command, log, require
 from workloads import (
     NEW,
     SHAPES,
@@ -152,7 +152,9 @@ def work(part, name, steps):
         try:
             import transformers  # noqa: F401 (before memory is looked at)
         except ImportError as error:
-            raise InputError(f"the peers to compare with are not installed ({error}): pip install -r requirements-dev.txt") from error
+            raise InputError(
+                f"the peers to compare with are not installed ({error}): pip install -r requirements-dev.txt"
+            ) from error
     before = resident()
     step = part.workloads[name]()
     step(0)
@@ -162,7 +164,7 @@ def work(part, name, steps):
         step(number)
         times.append(time.perf_counter() - began)
     memory = resident(peak=True)
-    if gpt.world()[0] == 0:
+    if gpt.RANK == 0:
         print(json.dumps({"seconds": sorted(times)[len(times) // 2], "memory": memory - before if memory else None}))
 
 
@@ -173,7 +175,7 @@ def measure(name, part, rounds, steps):
         for workload in part.workloads:
             if any(peer in workload and not importlib.util.find_spec(module) for peer, module in OPTIONAL.items()):
                 continue
-            say(f"{name}, round {turn + 1} of {rounds}: {workload}")
+            log(f"{name}, round {turn + 1} of {rounds}: {workload}")
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if workload == TWO else []
             script = [sys.executable, *launch, __file__, name, "--only", workload, "--steps", str(steps or part.steps)]
             done = subprocess.run(script, capture_output=True, text=True, check=False)
@@ -187,18 +189,35 @@ def measure(name, part, rounds, steps):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="bench.py", description="Speed and memory, beside what a user would take instead, in one run.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: train generate)")
+    parser = gpt.Parser(
+        prog="bench.py", description="Speed and memory, beside what a user would take instead, in one run."
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: train generate)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="how often each workload runs, in turn (default: 2)")
-    parser.add_argument("--steps", type=int, help="steps in each, of which the median counts (default: enough for the part)")
+    parser.add_argument(
+        "--steps", type=int, help="steps in each, of which the median counts (default: enough for the part)"
+    )
     parser.add_argument("--only", help="one workload of one part, in this process")
-    parser.add_argument("--scaling", action="store_true", help="the parts scaling and corpus, with a picture of how costs grow")
-    parser.add_argument("--plan", action="store_true", help="what training GPT-2's four sizes takes on 8 and 64 GPUs, by closed forms")
-    parser.add_argument("--profile", action="store_true", help="where the time of a step of training goes, at each shape, and validation's share")
+    parser.add_argument(
+        "--scaling", action="store_true", help="the parts scaling and corpus, with a picture of how costs grow"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="what training GPT-2's four sizes takes on 8 and 64 GPUs, by closed forms"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="where the time of a step of training goes, at each shape, and validation's share",
+    )
     parser.add_argument("--picture", help="where to draw it (default: bench.png or scaling.png)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
-    require(args.scaling + args.plan + args.profile + bool(args.parts) <= 1, "PART, --scaling, --plan and --profile exclude each other")
+    require(
+        args.scaling + args.plan + args.profile + bool(args.parts) <= 1,
+        "PART, --scaling, --plan and --profile exclude each other",
+    )
     if args.plan:
         rows = scaling.plan()
         return print("\n".join(map(json.dumps, rows))) if args.json else scaling.show_plan(rows)
@@ -219,13 +238,19 @@ def main(argv=None):
         workloads = PARTS[names[0]].workloads
         require(len(names) == 1 and args.only in workloads, f"--only is one of {', '.join(map(repr, workloads))}")
         return work(PARTS[names[0]], args.only, args.steps or PARTS[names[0]].steps)
-    say(f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
+    log(
+        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}"
+    )
     if args.scaling:
-        found = {point: figures for name in names for point, figures in measure(name, PARTS[name], args.rounds, args.steps).items()}
+        found = {
+            point: figures
+            for name in names
+            for point, figures in measure(name, PARTS[name], args.rounds, args.steps).items()
+        }
         rows = [scaling.figures(point, figures) for point, figures in found.items()]
         print("\n".join(map(json.dumps, rows))) if args.json else scaling.show(rows)
         scaling.plot(rows, picture)
-        return say(f"the same as a picture: {picture}")
+        return log(f"the same as a picture: {picture}")
     drawn = {}
     for name in names:
         part = PARTS[name]
@@ -234,13 +259,19 @@ def main(argv=None):
         if not args.json:
             print(f"{name:<30} {part.unit:>10} {'ratio':>7} {'peak memory':>12}")
         for workload, found in results.items():
-            row = {"part": name, "name": workload, "unit": part.unit, "per_second": part.size / found["seconds"], "ratio": peer / found["seconds"]}
+            row = {
+                "part": name,
+                "name": workload,
+                "unit": part.unit,
+                "per_second": part.size / found["seconds"],
+                "ratio": peer / found["seconds"],
+            }
             memory = "" if found["memory"] is None else f"{found['memory'] / 1e9:.2f} GB"
             line = f"{workload:<30} {row['per_second']:>10,.{0 if part.size > 1 else 2}f} {row['ratio']:>7.2f} {memory:>12}"
             print(json.dumps(row | found) if args.json else line, flush=True)
             drawn.setdefault(name, {})[workload] = row["ratio"]
     scaling.plot_ratios(drawn, picture)
-    say(f"the same as a picture: {picture}")
+    log(f"the same as a picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A checkpoint of ours -> transformers and llama.cpp, with the same logits and the same tokens there.
+"""A checkpoint -> files for transformers or llama.cpp, with the same logits and the same tokens there.
 
     python export.py scratch --format hf --out my-model           a folder for AutoModelForCausalLM and AutoTokenizer
     python export.py gpt2 --format gguf --out gpt2.gguf           a file for llama.cpp (pip install gguf)
     python export.py gpt2 --format gguf --dtype q8_0 --out gpt2-q8_0.gguf
 
-convert_gpt2.py reads what the first one writes, and gives back the same checkpoint, bit for bit.
+convert_gpt2.py reads what --format hf writes, and gives back the same checkpoint, bit for bit.
 """
 
 import json
@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 import gpt
 from convert_gpt2 import SAME, SHAPE, TRANSPOSED, characters
-from gpt import EOT, InputError, command, load_checkpoint, require, say, write
-from models import find_checkpoint
+from gpt import EOT, InputError, command, load_checkpoint, log, replacing, require
 
 GGUF_NAMES = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
               "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
@@ -28,21 +27,21 @@ CHARACTER = characters()
 
 
 def spell(token):
-    """Bytes -> the characters that stand for them in vocab.json."""
+    """Bytes -> their characters in vocab.json."""
     return "".join(CHARACTER[byte] for byte in token)
 
 
 def vocabulary(tokenizer):
-    """Tokenizer -> {token in the characters of vocab.json: its number}, end of text included, in the order of the numbers."""
-    tokens = {spell(token): number for token, number in tokenizer.ranks.items()}
+    """Tokenizer -> {token as vocab.json spells it: its id}, in the order of the ids, with the end of text."""
+    tokens = {spell(token): i for token, i in tokenizer.ranks.items()}
     return dict(sorted((tokens | {EOT: tokenizer.eot}).items(), key=lambda item: item[1]))
 
 
 def merges(tokenizer):
-    """Tokenizer -> [(left, right)], the pairs of tokens that may merge, first those that merge first.
+    """Tokenizer -> [(left, right)], the pairs of tokens that merge, in order of priority.
 
-    tiktoken merges any two neighbours that spell a token, so a token of n bytes can have more than one pair, and up to
-    n - 1. The files of the Hugging Face hub name one per token; with all of them, the same text gives the same tokens.
+    tiktoken merges any two neighbours that spell a token, so a token of n bytes can have up to n - 1 pairs. Published
+    files usually list one per token; with all of them, the same text gives the same tokens.
     """
     ranks = tokenizer.ranks
     splits = [(token[:i], token[i:]) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))]
@@ -50,11 +49,11 @@ def merges(tokenizer):
 
 
 def to_hf(model, tokenizer, out):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; no file of it needs code from anywhere."""
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code."""
     config, vocab, rules = model.config, vocabulary(tokenizer), merges(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().T if name.endswith(TRANSPOSED) else p.detach() for name, p in model.named_parameters()}
-    with gpt.replacing(out / "model.safetensors") as part:
+    with replacing(out / "model.safetensors") as part:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part, {"format": "pt"})
     pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = {"id": tokenizer.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -62,8 +61,9 @@ def to_hf(model, tokenizer, out):
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": rules}  # fmt: skip
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    for stale in ("*.index.json", "model-*.safetensors", "pytorch_model*.bin", "added_tokens.json", "special_tokens_map.json"):
-        for path in out.glob(stale):  # of what is overwritten
+    others = ("*.index.json", "model-*.safetensors", "pytorch_model*.bin", "added_tokens.json", "special_tokens_map.json")
+    for pattern in others:  # files of the model that is overwritten
+        for path in out.glob(pattern):
             path.unlink()
     same = {key: value for key, value in SAME.items() if key not in ("quantization_config", "auto_map")}
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
@@ -77,13 +77,17 @@ def to_hf(model, tokenizer, out):
         "generation_config.json": ends | {"_from_model_config": True},
         "config.json": {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"} | same | shape | dropouts | ends,
     }  # fmt: skip
-    write(out / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules))
+    texts = {"merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules)}
     for name, content in files.items():
-        write(out / name, json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2) + "\n")
+        indent = None if name == "tokenizer.json" else 2
+        texts[name] = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
+    for name, text in texts.items():
+        with replacing(out / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def to_gguf(model, tokenizer, out, dtype):
-    """Write a file for llama.cpp: matrices in `dtype`, and vectors and positions, which are few and matter, in float32."""
+    """Write a file for llama.cpp: matrices in `dtype`, but vectors and positions in float32, which costs little."""
     try:
         import gguf
     except ImportError as error:
@@ -92,7 +96,7 @@ def to_gguf(model, tokenizer, out, dtype):
     unused = [f"[PAD{number}]" for number in range(tokenizer.vocab_size, config.vocab_size)]  # rows that no token has
     types = [gguf.TokenType.CONTROL if number == tokenizer.eot else gguf.TokenType.NORMAL for number in vocab.values()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with gpt.replacing(out) as part:
+    with replacing(out) as part:
         writer = gguf.GGUFWriter(part, "gpt2")
         writer.add_name(out.stem)
         writer.add_context_length(config.block_size)
@@ -124,7 +128,10 @@ def to_gguf(model, tokenizer, out, dtype):
                 wanted = kinds.F16
             with np.errstate(over="ignore"):  # the next line says it better
                 values = gguf.quants.quantize(p.detach().numpy(), wanted)
-            require(wanted != kinds.F16 or abs(values).max() < float("inf"), f"{name} has values beyond the range of float16")
+            require(
+                wanted != kinds.F16 or abs(values).max() < float("inf"),
+                f"{name} has values beyond the range of float16",
+            )
             writer.add_tensor(target, values, raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -134,30 +141,36 @@ def to_gguf(model, tokenizer, out, dtype):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="export.py", description="A checkpoint of ours -> transformers and llama.cpp.")
+    parser = gpt.Parser(prog="export.py", description="A checkpoint -> transformers or llama.cpp.")
     parser.add_argument("model", help="a checkpoint's folder, or its name under checkpoints/")
-    parser.add_argument("--format", required=True, choices=("hf", "gguf"), help="hf: a folder; gguf: a file for llama.cpp")
+    formats = {"hf": "a folder for transformers", "gguf": "a file for llama.cpp"}
+    parser.add_argument("--format", required=True, choices=formats, help="; ".join(map(": ".join, formats.items())))
     parser.add_argument("--out", required=True, help="the folder or file to write")
-    parser.add_argument("--dtype", default="float32", choices=GGUF_TYPES, help="of the matrices, for gguf (default: float32)")
+    parser.add_argument("--dtype", default="float32", choices=GGUF_TYPES, help="of the matrices in gguf (default: float32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
-    out, folder = Path(args.out), find_checkpoint(args.model)
-    require(args.format == "gguf" or args.dtype == "float32", "--dtype goes with --format gguf: transformers takes a dtype when it "
-            "loads")  # fmt: skip
-    require(not (out / "tokenizer.tiktoken").exists(), f"{out} is a checkpoint of ours: choose another --out")
-    taken = out.is_dir() if args.format == "gguf" else out.exists() and not out.is_dir()
-    require(not taken, f"{out} is {'a folder, and gguf is one file' if out.is_dir() else 'a file, and hf makes a folder'}")
+    out = Path(args.out)
+    to_folder = args.format == "hf"
+    default = args.dtype == "float32"
+    require(default or not to_folder, "--dtype goes with --format gguf: transformers takes a dtype when it loads")
+    require(not (out / gpt.VOCABULARY).exists(), f"{out} is a checkpoint: choose another --out")
+    fits = not out.exists() or out.is_dir() == to_folder
+    require(fits, f"--format {args.format} writes {formats[args.format]}, and {out} is not one: choose another --out")
     full = any(out.iterdir()) if out.is_dir() else out.exists()
-    require(args.overwrite or not full, f"{out} is there already: add --overwrite, or choose another --out")
-    model, tokenizer = load_checkpoint(folder)
-    if args.format == "hf":
-        to_hf(model, tokenizer, out)
-        use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    else:
-        to_gguf(model, tokenizer, out, args.dtype)
-        use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
-    print(f"{out}: {model.config.n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
-    say(f"try: {use}")
+    require(args.overwrite or not full, f"{out} already exists: add --overwrite, or choose another --out")
+    model, tokenizer = load_checkpoint(args.model)
+    try:
+        if args.format == "hf":
+            to_hf(model, tokenizer, out)
+            use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        else:
+            to_gguf(model, tokenizer, out, args.dtype)
+            use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
+    except OSError as error:
+        raise InputError(f"{out} could not be written: {error}") from error
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
+    log(f"try: {use}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def inspect(model, tokenizer, prompt, top=5):
     ids, context = tokenizer.encode(prompt), model.config.block_size
     gpt.require(ids, "--inspect needs a text of at least one token")
     if len(ids) > context:
-        gpt.say(f"the text has {len(ids):,} tokens, the context {context:,}: the last ones count")
+        gpt.log(f"the text has {len(ids):,} tokens, only the last {context:,} fit into the context")
     ids = ids[-context:]
     idx, blocks = torch.tensor([ids], device=next(model.parameters()).device), model.transformer.h
     names = {"embedding": model.transformer.drop} | {f"block {i}": block for i, block in enumerate(blocks)}
@@ -192,7 +192,7 @@ def verdict(row, vocab_size):
     if row["tokens"] and row["entropy_start"] > 0.8 * math.log(vocab_size):
         found.append(f"noise (entropy {row['entropy_start']:.2f} of at most {math.log(vocab_size):.2f} nats): the model has hardly learned "
                      "anything yet")  # fmt: skip
-    return found or ["nothing to be seen in these figures"]
+    return found or ["no problem found"]
 
 
 def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):

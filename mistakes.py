@@ -60,8 +60,7 @@ def post_norm(block, x, cache=None):
 
 def drop(model):
     drops = [module for module in model.modules() if isinstance(module, gpt.Dropout)]
-    left_on = [holding(drop, key, value) for drop in drops for key, value in (("p", 0.1), ("training", True))]
-    return [holding(model, "eval", lambda: model), *left_on]
+    return [holding(drop, key, value) for drop in drops for key, value in (("p", 0.1), ("training", True))]
 
 
 attention, gelu = gpt.attention, F.gelu
@@ -71,9 +70,13 @@ MISTAKES = {  # name -> what it changes in the model or in gpt.py, for as long a
     "missing transpose: mlp.c_fc": untransposed("mlp.c_fc"),
     "missing transpose: mlp.c_proj": untransposed("mlp.c_proj"),
     "exact GELU, not tanh": lambda model: [holding(F, "gelu", lambda x, approximate: gelu(x))],
-    "LayerNorm eps 1e-12": lambda model: [holding(m, "eps", 1e-12) for m in model.modules() if isinstance(m, nn.LayerNorm)],
+    "LayerNorm eps 1e-12": lambda model: [
+        holding(m, "eps", 1e-12) for m in model.modules() if isinstance(m, nn.LayerNorm)
+    ],
     "head not tied": untied,
-    "scores not divided by √D": lambda model: [holding(gpt, "attention", lambda q, *kv, **form: attention(q * q.shape[-1] ** 0.5, *kv, **form))],
+    "scores not divided by √D": lambda model: [
+        holding(gpt, "attention", lambda q, *kv, **form: attention(q * q.shape[-1] ** 0.5, *kv, **form))
+    ],
     "mask off by one": lambda model: [holding(gpt, "attention", peek)],
     "post-LayerNorm": lambda model: [holding(gpt.Block, "forward", post_norm)],
     "positions shifted by one": moved,

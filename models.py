@@ -1,42 +1,32 @@
-"""What a user calls a model -> a model that is ready to run."""
+"""The name of a model -> the model, ready to run."""
 
-import difflib
 from pathlib import Path
+
+import torch
 
 import lora
 import quantize
-from gpt import InputError, load_checkpoint, require, resolve_dtype
-
-
-def find_checkpoint(name):
-    """A folder, or a name under checkpoints/ -> the folder; raises InputError with the command that would make it."""
-    places = Path(name), Path("checkpoints") / name
-    for folder in places:
-        if (folder / "tokenizer.tiktoken").is_file():  # config.json alone could be another library's
-            return folder
-    for folder in places:
-        require(not (folder / "config.json").is_file(), f"{folder} is not a checkpoint of ours, having no tokenizer.tiktoken: if it "
-                f"is a GPT-2, make one with `python convert_gpt2.py {folder} --out DIR`")  # fmt: skip
-        require(not (folder / "adapter_config.json").is_file(), f"{folder} is an adapter: python sample.py --model ITS_BASE --adapter "
-                f"{folder}")  # fmt: skip
-    near = difflib.get_close_matches(str(name), [path.parent.name for path in Path("checkpoints").glob("*/tokenizer.tiktoken")], 1)
-    require(not near, f"there is no checkpoint {name}: did you mean {', '.join(near)}?")
-    made_by = {"-finetuned": f"finetune.py --model {name.removesuffix('-finetuned')}", "gpt2": f"convert_gpt2.py {name}"}
-    make = next((made_by[key] for key in made_by if key in name), f"gpt.py --out {folder if Path(name).name == name else name}")
-    raise InputError(f"there is no checkpoint {name}, nor {folder}: make it with `python {make}`")
+from gpt import load_checkpoint, require, resolve_dtype
 
 
 def short_name(folder):
-    """What --model may call a checkpoint that exists: its name alone, where that leads to it."""
+    """The shortest --model for a checkpoint: its name alone if it is in checkpoints/."""
     name = Path(folder).name
-    return name if Path(folder) == Path("checkpoints", name) == find_checkpoint(name) else folder
+    return name if Path(folder) == Path("checkpoints", name) else folder
 
 
-def open_model(folder, device, dtype, adapter=None):
-    """A checkpoint's folder -> GPT on the device, Tokenizer; dtype, that of the weights, is as for --dtype, int8 too."""
-    model, tokenizer = load_checkpoint(folder)
+def open_model(name, device="cpu", dtype="float32", adapter=None):
+    """A folder, or a name under checkpoints/ -> GPT on the device, Tokenizer; dtype is that of --dtype, or int8."""
+    for folder in (Path(name), Path("checkpoints", name)):
+        foreign = (folder / "config.json").exists() and not (folder / "tokenizer.tiktoken").exists()
+        advice = f"if it is a GPT-2 of Hugging Face's, run python convert_gpt2.py {folder} --out DIR"
+        require(not foreign, f"{folder} has no tokenizer.tiktoken, it is not a checkpoint of ours: {advice}")
+        is_adapter = (folder / lora.CONFIG).exists()
+        require(not is_adapter, f"{folder} is an adapter: use python sample.py --model ITS_BASE --adapter {folder}")
+    device = torch.device(device)
+    model, tokenizer = load_checkpoint(name)
     if adapter:
-        lora.load_adapter(model, adapter, folder)
+        lora.load_adapter(model, adapter, name)
     if dtype == "int8":
         return quantize.quantize(model).to(device), tokenizer
     return model.to(device, resolve_dtype(dtype, device)), tokenizer

@@ -40,7 +40,9 @@ def addresses(tensors):
 
 def linear(layer):
     """The structure of a linear layer, and the tensors that it points to, which must live as long."""
-    bias, scales = (None if part is None else part.detach().float() for part in (layer.bias, getattr(layer, "scales", None)))
+    bias, scales = (
+        None if part is None else part.detach().float() for part in (layer.bias, getattr(layer, "scales", None))
+    )
     weight = layer.weight.detach().contiguous()  # a tensor of its own: that of a parameter may be exchanged
     tensors = [weight, bias, scales, None if scales is None else weight.sum(1, dtype=torch.int32)]
     return Linear(TYPES[layer.weight.dtype], *reversed(layer.weight.shape), *addresses(tensors)), tensors
@@ -49,7 +51,9 @@ def linear(layer):
 def block(block):
     """The structure of a Block, and the tensors that it points to."""
     norms = [p.detach().float() for p in (block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias)]
-    layers, tensors = zip(*map(linear, (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)), strict=True)
+    layers, tensors = zip(
+        *map(linear, (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)), strict=True
+    )
     return Block(block.attn.n_head, len(norms[0]), *addresses(norms), *layers), (norms, tensors)
 
 
@@ -69,7 +73,9 @@ def native_hidden(model):
             return original(idx, caches)
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x, work = embedded.float().contiguous(), torch.empty(MOST_ROWS + 6 * embedded.numel(), dtype=torch.float32)
-        keys, values = (pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True))
+        keys, values = (
+            pointers(*addresses(tensors)) for tensors in zip(*((cache.k, cache.v) for cache in caches), strict=True)
+        )
         load().gpt_blocks(blocks, n_layer, x.data_ptr(), keys, values, TYPES[caches[0].k.dtype], B, T, past,
                              room, work.data_ptr(), torch.get_num_threads())  # fmt: skip
         for cache in caches:

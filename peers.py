@@ -20,8 +20,13 @@ def train(config, data, batch_size, settings=lambda: None, rate=lambda number: 1
     """transformers' GPT-2 of a GPTConfig's shape and dropout, in float32, with AdamW at the learning rate of each step."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_positions": config.block_size, **{key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)))
+    sizes = {
+        "n_positions": config.block_size,
+        **{key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+    }
+    model = GPT2LMHeadModel(
+        GPT2Config(**sizes, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout))
+    )
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
     model.train()
     settings()
@@ -44,7 +49,12 @@ def nanogpt_recipe(config, data, val_data, tokenizer, steps=2000):
     2,000 steps of 12 windows, AdamW with a warm-up of 100 steps to 0.001 and a cosine down to a tenth of that (its README
     and config/train_shakespeare_char.py).
     """
-    step = train(config, data, 12, rate=lambda i: 1e-3 * min((i + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * (i - 100) / (steps - 100))))
+    step = train(
+        config,
+        data,
+        12,
+        rate=lambda i: 1e-3 * min((i + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * (i - 100) / (steps - 100))),
+    )
     for number in range(steps):
         model = step(number)
 

@@ -1,9 +1,9 @@
 """The pictures of the notes, drawn from our own code and models.
 
-    python gpt.py --preset shakespeare-10min
-    python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0.15 --out checkpoints/dropout
-    python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out checkpoints/no-dropout
-    python pictures.py --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
+python gpt.py --preset shakespeare-10min
+python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0.15 --out checkpoints/dropout
+python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out checkpoints/no-dropout
+python pictures.py --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
 """
 
 import csv
@@ -15,7 +15,6 @@ import torch
 import gpt
 import lens
 from gpt import InputError, TrainConfig, command, load_checkpoint, require
-from models import find_checkpoint
 
 SENTENCE = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate."
 PROMPTS = ("ROMEO:\nI will not", "DUKE VINCENT")
@@ -69,7 +68,9 @@ def draw_tokens(vocabularies, path):
         at, ids = 0, tokenizer.encode(SENTENCE)
         for number, i in enumerate(ids):
             token = tokenizer.decode([i])
-            axes.barh(row, len(token), left=at, height=0.55, color=("#cfe2f3", "#9fc5e8")[number % 2], edgecolor="white")
+            axes.barh(
+                row, len(token), left=at, height=0.55, color=("#cfe2f3", "#9fc5e8")[number % 2], edgecolor="white"
+            )
             for place, character in enumerate(token):
                 axes.text(at + place + 0.5, row, character, ha="center", va="center", fontsize=8, family="monospace")
             at += len(token)
@@ -85,20 +86,30 @@ def draw_sampling(model, tokenizer, path):
     figure, panels = canvas(1, 2, width=10, height=3.6)
     context = model.config.block_size
     logits = {prompt: model(torch.tensor([tokenizer.encode(prompt)[-context:]]))[0][:, -1] for prompt in PROMPTS}
-    tokens, _ = gpt.choices(logits[PROMPTS[0]], top_k=10)
-    names = [repr(tokenizer.decode([i])) for i in tokens[0].tolist()]
+    tokens = logits[PROMPTS[0]].topk(10).indices[0]
+    names = [repr(tokenizer.decode([i])) for i in tokens.tolist()]
     for number, temperature in enumerate((0.5, 1.0, 2.0)):
-        probs = gpt.choices(logits[PROMPTS[0]], temperature)[1][0, tokens[0]]
-        panels[0].bar([place + 0.27 * (number - 1) for place in range(10)], probs.tolist(), 0.27, label=f"temperature {temperature}")
+        probs = gpt.next_token_probs(logits[PROMPTS[0]], temperature)[0, tokens]
+        panels[0].bar(
+            [place + 0.27 * (number - 1) for place in range(10)],
+            probs.tolist(),
+            0.27,
+            label=f"temperature {temperature}",
+        )
     panels[0].set_xticks(range(10), names, rotation=60, fontsize=8, parse_math=False)
     panels[0].set(ylabel="probability", title=f"after {PROMPTS[0]!r}")
     for prompt, vector in logits.items():
-        probs = gpt.choices(vector)[1][0].sort(descending=True).values
-        kept = int((gpt.choices(vector, top_p=0.9)[1] > 0).sum())
+        probs = gpt.next_token_probs(vector)[0].sort(descending=True).values
+        kept = int((gpt.next_token_probs(vector, top_p=0.9) > 0).sum())
         panels[1].plot(range(1, len(probs) + 1), probs.cumsum(0).tolist(), label=f"after {prompt!r}: {kept} tokens")
         panels[1].plot(kept, probs[:kept].sum(), "ko", ms=4)
     panels[1].axhline(0.9, color="gray", lw=0.8, ls="--")
-    panels[1].set(xscale="log", xlabel="tokens, most probable first", ylabel="probability together", title="the nucleus at top_p 0.9")
+    panels[1].set(
+        xscale="log",
+        xlabel="tokens, most probable first",
+        ylabel="probability together",
+        title="the nucleus at top_p 0.9",
+    )
     for axes in panels:
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
@@ -131,18 +142,25 @@ def draw_curves(runs, path):
 @command
 def main(argv=None):
     parser = gpt.Parser(prog="pictures.py", description="Draw the pictures of the notes from our own models.")
-    parser.add_argument("--model", default="shakespeare", help="whose attention and distributions (default: shakespeare)")
-    parser.add_argument("--curves", nargs="+", default=[], help="folders of runs whose losses are compared, with and without dropout, say")
+    parser.add_argument(
+        "--model", default="shakespeare", help="whose attention and distributions (default: shakespeare)"
+    )
+    parser.add_argument(
+        "--curves",
+        nargs="+",
+        default=[],
+        help="folders of runs whose losses are compared, with and without dropout, say",
+    )
     parser.add_argument("--out", default="notes", help="folder for the pictures (default: notes)")
     args = parser.parse_args(argv)
-    model, tokenizer = load_checkpoint(find_checkpoint(args.model))
+    model, tokenizer = load_checkpoint(args.model)
     folder, runs = Path(args.out), [read_run(Path(name)) for name in args.curves]
     require(folder.is_dir(), f"there is no folder {folder}: make it, or choose another --out")
     vocabularies = {"bytes": gpt.Tokenizer.bytes(), f"{args.model}, {tokenizer.vocab_size:,} tokens": tokenizer}
     try:
         vocabularies["GPT-2, 50,257 tokens"] = gpt.Tokenizer.gpt2()
     except InputError as error:
-        gpt.say(f"without GPT-2's vocabulary: {error}")
+        gpt.log(f"without GPT-2's vocabulary: {error}")
     draw_mask(folder / "mask.png")
     draw_schedule(folder / "schedule.png")
     draw_tokens(vocabularies, folder / "tokens.png")

@@ -48,10 +48,14 @@ class Int8Linear(nn.Module):
             tokens, steps = to_int8(rows)  # int8 (B * T, in), (B * T,)
             y = torch._int_mm(tokens, self.weight.T) * (steps[:, None] * self.scales)
             return (y if self.bias is None else y.add_(self.bias)).to(x.dtype).view(*x.shape[:-1], -1)
-        odd = rows.shape[1] % 32  # PyTorch's kernel reads beyond such rows: wrong numbers, or a crash of the interpreter
+        odd = (
+            rows.shape[1] % 32
+        )  # PyTorch's kernel reads beyond such rows: wrong numbers, or a crash of the interpreter
         if len(rows) > self.MOST_ROWS or odd or x.device.type != "cpu":
             return F.linear(x, self.weight.to(x.dtype) * self.scales.to(x.dtype)[:, None], self.bias)
-        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)  # scaled in x's precision
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(
+            x.dtype
+        )  # scaled in x's precision
         y = torch.addcmul(self.bias, y, self.scales) if self.bias is not None else y * self.scales
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 

@@ -19,6 +19,12 @@ from gpt import GPT, GPTConfig
 # Closed forms. C channels, L layers, H heads, T tokens in a window, B windows, V tokens in the vocabulary, N parameters.
 
 
+def parameters(config):
+    """Weights and biases; the head is the token embedding, and counts once."""
+    C, L, T, V = config.n_embd, config.n_layer, config.block_size, config.vocab_size
+    return V * C + T * C + L * (12 * C**2 + 13 * C) + 2 * C
+
+
 def flops(config, B, T):
     """Floating-point operations of a training step: an addition and a multiplication for each weight and token that meet.
 
@@ -34,26 +40,37 @@ def flops(config, B, T):
 def activations(config, B, T, bfloat16=False, fused=False):
     """Bytes that forward keeps for backward, without dropout.
 
-    In each block: both inputs of the norms, C wide; their outputs, q, k, v and what attention gives, C wide each; the MLP's inner
-    layer before and after the GELU, 4 C wide; mean and deviation of two norms; and attention's T weights for each head and
-    token, of which the fused kernel keeps one sum. In bfloat16 all but the stream, the norms' figures and the loss is
-    half as large, but for each matrix there is a copy.
+    In each block: both inputs of the norms, C wide; their outputs, q, k, v and attention's output, C wide each; the MLP's
+    inner layer before and after the GELU, 4 C wide; mean and standard deviation of two norms; attention's T weights for
+    each head and token, of which the fused kernel keeps one sum; and the mask, once for all windows. In bfloat16, all but
+    the residual stream, the norms' figures and the loss is half as large, but each matrix is copied.
     """
     C, L, H, V = config.n_embd, config.n_layer, config.n_head, config.vocab_size
     size = 2 if bfloat16 else 4
     stream = 4 * (2 * L + 1) * C + size * (14 * L + 1) * C
     weights = 4 * L * H if fused else size * L * H * T
+    masks = 0 if fused else L * T**2
     copies = 2 * (12 * L * C**2 + V * C) if bfloat16 else 0
-    return B * T * (stream + weights + 4 * 2 * (2 * L + 1) + 4 * V + 16) + copies + 12
+    return B * T * (stream + weights + 4 * 2 * (2 * L + 1) + 4 * V + 16) + masks + copies + 12
 
 
 def memory(config, B, T, **options):
     """Bytes of training with AdamW, float32 weights: {what: bytes}."""
-    N = config.n_parameters
-    return {"weights": 4 * N, "gradients": 4 * N, "averages": 8 * N, "activations": activations(config, B, T, **options)}
+    N = parameters(config)
+    return {
+        "weights": 4 * N,
+        "gradients": 4 * N,
+        "averages": 8 * N,
+        "activations": activations(config, B, T, **options),
+    }
 
 
-GPUS, CARD, PEAK, TOKENS = (8, 64), 80e9, 312e12, 300e9  # an A100: bytes of memory, bfloat16 FLOP/s; tokens of GPT-3's training
+GPUS, CARD, PEAK, TOKENS = (
+    (8, 64),
+    80e9,
+    312e12,
+    300e9,
+)  # an A100: bytes of memory, bfloat16 FLOP/s; tokens of GPT-3's training
 SHARE = 0.3  # of the peak: what nanoGPT's published four days for 300 billion tokens on 8 A100 come to, by this table
 
 
@@ -66,7 +83,7 @@ def plan():
         fixed, each = sum(list(memory(config, 1, T).values())[:3]), activations(config, 1, T, bfloat16=True, fused=True)
         windows = int((0.9 * CARD - fixed) // each)
         per_token = flops(config, 1, T) / T
-        rows.append({"model": name, "parameters": config.n_parameters, "flops_per_token": per_token, "fixed": fixed, "per_window": each,
+        rows.append({"model": name, "parameters": parameters(config), "flops_per_token": per_token, "fixed": fixed, "per_window": each,
                      "windows": windows, "hours": {n: per_token * TOKENS / (n * PEAK * SHARE) / 3600 for n in GPUS}})  # fmt: skip
     return rows
 
@@ -119,13 +136,20 @@ def shares(step, data, steps):
     times = dict.fromkeys((*KINDS, "data", "Python", "other"), 0.0)
     for event in found.key_averages():
         name = event.key.removeprefix("aten::")
-        kind = name if name in times else next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), "other")
+        kind = (
+            name
+            if name in times
+            else next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), "other")
+        )
         times[kind] += event.self_cpu_time_total
     return {kind: time / sum(times.values()) for kind, time in sorted(times.items(), key=lambda item: -item[1]) if time}
 
 
 def show_shares(found):
-    kinds = sorted({kind for row in found.values() for kind in row}, key=lambda kind: -sum(row.get(kind, 0) for row in found.values()))
+    kinds = sorted(
+        {kind for row in found.values() for kind in row},
+        key=lambda kind: -sum(row.get(kind, 0) for row in found.values()),
+    )
     print(f"{'':<24}" + "".join(f"{name:>8}" for name in found))
     for kind in kinds:
         print(f"{kind:<24}" + "".join(f"{row.get(kind, 0):>8.1%}" for row in found.values()))
@@ -141,7 +165,7 @@ SWEEPS = {  # what grows -> the values, and the shape and the number of windows 
     "depth": ((1, 2, 4, 8, 16), lambda n: ({"n_layer": n}, 32)),
     "batch": ((1, 4, 16, 64), lambda n: ({}, n)),
 }
-CORPUS = (1, 10, 100, 1000)  # MB of text
+CORPUS = (1, 10, 100)  # MB of text; extras.prepare is for more
 
 
 def training(name, n, stepping):
@@ -163,16 +187,18 @@ def tokenizing(megabytes):
             file.writelines(f"{i}\n{text}" for i in range(round(10**6 * size / len(text.encode()))))
 
     def step(number):
-        with tempfile.TemporaryDirectory() as gpt.CACHE:
-            gpt.CACHE = Path(gpt.CACHE)
-            gpt.prepare([str(Path(folder.name, str(min(number, 1))))])
+        gpt.load_data([str(Path(folder.name, str(min(number, 1))))])
 
     return step
 
 
 def points(stepping):
     """{name of a workload: what makes it}, for all sweeps of the model."""
-    return {f"{name} {n}": functools.partial(training, name, n, stepping) for name, (values, _) in SWEEPS.items() for n in values}
+    return {
+        f"{name} {n}": functools.partial(training, name, n, stepping)
+        for name, (values, _) in SWEEPS.items()
+        for n in values
+    }
 
 
 def figures(point, found):
@@ -199,7 +225,9 @@ def show(rows):
             speed = row["megabytes_per_second"] if corpus else row["tokens_per_second"]
             held = "" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f} MB"
             more = ("", "") if corpus else (f"{row['gflops']:,.0f}", f"{row['closed_form'] / 1e6:,.0f} MB")
-            print(f"{row['value']:>12,} {1e3 * row['seconds']:>10,.1f} {speed:>10,.1f} {more[0]:>8} {held:>12} {more[1]:>12}".rstrip())
+            print(
+                f"{row['value']:>12,} {1e3 * row['seconds']:>10,.1f} {speed:>10,.1f} {more[0]:>8} {held:>12} {more[1]:>12}".rstrip()
+            )
 
 
 def plot(rows, path):
@@ -225,7 +253,9 @@ def plot(rows, path):
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_minor_formatter("")
             axes.grid(alpha=0.3)
-        grid[0, column].set(title=sweep + (", MB of text" if sweep == "corpus" else ""), ylabel="" if column else "ms per step")
+        grid[0, column].set(
+            title=sweep + (", MB of text" if sweep == "corpus" else ""), ylabel="" if column else "ms per step"
+        )
         grid[1, column].set(ylabel="" if column else "peak memory, MB")
     with gpt.replacing(path) as part:
         figure.savefig(part, dpi=110, format="png")
@@ -239,7 +269,9 @@ def plot_ratios(parts, path):
     figure = Figure(figsize=(8, 0.8 * len(parts) + 0.32 * sum(sizes)), layout="constrained")
     grid = figure.subplots(len(parts), squeeze=False, height_ratios=sizes)[:, 0]
     for axes, (part, ratios) in zip(grid, parts.items()):
-        bars = axes.barh(list(ratios), ratios.values(), color=["tab:blue" if ".py" in name else "tab:gray" for name in ratios])
+        bars = axes.barh(
+            list(ratios), ratios.values(), color=["tab:blue" if ".py" in name else "tab:gray" for name in ratios]
+        )
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.axvline(1, color="black", lw=0.8)
         axes.set(title=f"{part}: times as fast as {next(iter(ratios))}", xlim=(0, 1.15 * max(ratios.values())))

@@ -3,11 +3,11 @@
 Each function returns one that makes a step; peers.py has the same for what a user would take instead.
 """
 
-import functools
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ import native
 import peers
 import quantize
 import scaling
-from gpt import GPT, GPTConfig, say
-from mistakes import holding
+from gpt import GPT, GPTConfig, log
 
 
 def windows(vocab_size, block_size):
@@ -26,21 +25,22 @@ def windows(vocab_size, block_size):
     return gpt.TokenDataset(np.random.default_rng(0).integers(vocab_size, size=100_000), block_size, block_size // 4)
 
 
-def stepping(model, data, config):
-    """-> a function that makes one step of gpt.py's loop; where torchrun has started several processes, together with them."""
-    device = gpt.join_processes(torch.device("cpu"))
-    optimizers, dtype = gpt.make_optimizers(model, config), gpt.resolve_dtype(config.dtype, device)
+def stepping(model, data, config, optimizers=None):
+    """-> a function that makes one step of gpt.py's loop, together with the other processes that torchrun started."""
+    optimizers = optimizers or gpt.make_optimizers(model, config)
+    dtype = gpt.resolve_dtype(config.dtype, torch.device("cpu"))
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    if gpt.world()[1] > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    elif config.compile:
+    if config.compile:
         model = torch.compile(model)
+    if gpt.WORLD_SIZE > 1:
+        gpt.dist.init_process_group()
+        model = torch.nn.parallel.DistributedDataParallel(model)
     gpt.keep_freed_memory()
 
     def step(number):
-        gpt.gradients(model, data, number, config, dtype)
-        gpt.clip(trained, 1.0)
+        gpt.forward_backward(model, data, number, config, dtype)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -83,7 +83,9 @@ def train(name, dropout=0.0, peer=False, **fields):
     data = windows(shape["vocab_size"], shape["block_size"])
     if peer:
         return peers.train(model_config, data, shape["batch_size"])
-    return stepping(GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields))
+    return stepping(
+        GPT(model_config), data, gpt.from_flags(gpt.TrainConfig, shape | {"optimizer": "adamw", "lr": 1e-3} | fields)
+    )
 
 
 def profiled(name, steps=None):
@@ -95,29 +97,28 @@ def profiled(name, steps=None):
 
 
 def validating(steps, more=()):
-    """-> the share of a run of the preset tiny that goes into validations, with the samples, pictures and checkpoints they make.
+    """-> the share of a run of the preset tiny that goes into validations, with the sample and checkpoint of each.
 
-    Measured over so many steps, 200 if None, and reckoned for the preset's 800.
+    Measured over that many steps, 200 if None, and projected to the preset's 800.
     """
-    steps, spent = steps or 200, []
-
-    def timed(function):
-        @functools.wraps(function)
-        def wrapped(*args, **options):
-            began = time.perf_counter()
-            done = function(*args, **options)
-            spent.append(time.perf_counter() - began)
-            return done
-
-        return wrapped
-
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), ExitStack() as stack:
-        for owner, name in ((gpt, "evaluate"), (gpt, "save_run"), (GPT, "generate")):
-            stack.enter_context(holding(owner, name, timed(getattr(owner, name))))
-        gpt.main(["--max_steps", str(steps), "--out", folder, *more])
-        run = gpt.load_run(folder)
-    clocked = sum(spent[:-2])  # the clock of a run stops before its last save and sample
-    one, step = sum(spent) / len(run["rows"]), (run["seconds"] - clocked) / steps
+    steps = steps or 200
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        gpt.main(["--max_steps", str(steps), "--eval_interval", str(steps), "--out", folder, *more])
+        run, *_ = gpt.load_run(folder)
+        model, tokenizer = gpt.load_checkpoint(folder)
+        config = gpt.from_flags(gpt.TrainConfig, run["config"])
+        _, _, val_ids = gpt.load_data(config.data, tokenizer, val_bytes=config.val_bytes)
+        data = gpt.TokenDataset(val_ids, model.config.block_size)
+        dtype = gpt.resolve_dtype(config.dtype, torch.device("cpu"))
+        optimizers = gpt.make_optimizers(model, config)
+        began = time.perf_counter()
+        gpt.evaluate(model, data, tokenizer, config.batch_size, dtype)
+        model.generate(torch.full((1, 1), tokenizer.eot), 48, temperature=0.8, top_p=0.9)
+        gpt.save_checkpoint(folder, model, tokenizer, overwrite=True)
+        gpt.save_run(run, model, optimizers, Path(folder))
+        one = time.perf_counter() - began
+    first, last = (row["seconds"] for row in run["rows"])  # between them lie all steps, and as much as one validation
+    step = (last - first - one) / steps
     whole = gpt.TrainConfig()
     validations = 1 + whole.max_steps // whole.eval_interval
     return validations * one / (validations * one + whole.max_steps * step)
@@ -131,9 +132,12 @@ def train_tiny(threads=None, **fields):
 
 def train_with_muon(peer=False):
     """The preset tiny, and its default optimizer: ours, or PyTorch's own."""
+    model, config = GPT(GPTConfig()), gpt.TrainConfig()
+    adamw, muon = gpt.make_optimizers(model, config)
     if peer:
-        gpt.Muon = functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-    return train_tiny()
+        matrices = muon.param_groups[0]["params"]
+        muon = torch.optim.Muon(matrices, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return stepping(model, windows(1024, 64), config, [adamw, muon])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,17 +150,19 @@ QUICK = ["--data", "shakespeare", "--max_steps", "120", "--warmup_steps", "20", 
 def to_quality(peer=False, **options):
     """-> a function that trains from nothing until that is reached; its step 0, to warm up, does nothing."""
     shape = SHAPES["small"]
-    tokenizer, *tokens, _ = gpt.prepare(["shakespeare"], "bytes")
-    train_data, val_data = (gpt.TokenDataset(part, shape["block_size"], stride) for part, stride in zip(tokens, (1, None), strict=True))
+    tokenizer, train_ids, val_ids = gpt.load_data(["shakespeare"], "bytes")
+    train_data = gpt.TokenDataset(train_ids, shape["block_size"], stride=1)
+    val_data = gpt.TokenDataset(val_ids, shape["block_size"])
 
     def step(number):
         if number and peer:
             reached = peers.nanogpt_recipe(gpt.from_flags(GPTConfig, shape), train_data, val_data, tokenizer, **options)
-            say(f"the recipe comes to {reached:.3f} bits per byte")
+            log(f"the recipe comes to {reached:.3f} bits per byte")
         elif number:
             with tempfile.TemporaryDirectory() as folder:
                 gpt.main([*QUICK, "--out", folder])
-                reached = gpt.load_run(folder)["best"]["bits_per_byte"]
+                _, _, best = gpt.load_run(folder)
+            reached = best["validation"]["bits_per_byte"]
             gpt.require(reached <= QUALITY, f"{' '.join(QUICK)} comes to {reached:.3f} bits per byte only")
 
     return step

@@ -82,7 +82,7 @@ def script(name, *args, **options):
 @contextmanager
 def interrupt(monkeypatch, step):
     """Ctrl-C during the given step of training."""
-    original = gpt.gradients
+    original = gpt.forward_backward
 
     def pressed(model, data, at, config, dtype):
         if at == step:
@@ -90,7 +90,7 @@ def interrupt(monkeypatch, step):
         return original(model, data, at, config, dtype)
 
     with monkeypatch.context() as patched:
-        patched.setattr(gpt, "gradients", pressed)
+        patched.setattr(gpt, "forward_backward", pressed)
         yield
 
 
@@ -134,8 +134,6 @@ def check_files(folder, interval=4):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
-        elif path.suffix == ".pt":
-            gpt.load_run(folder)
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".csv":

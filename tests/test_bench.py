@@ -13,7 +13,12 @@ import bench
 import gpt
 import workloads
 
-WORKLOADS = [(part, name) for part in bench.PARTS if part not in ("scaling", "corpus", "quality") for name in bench.PARTS[part].workloads]
+WORKLOADS = [
+    pytest.param(part, name, marks=[pytest.mark.slow] if part == "compile" else [])
+    for part in bench.PARTS
+    if part not in ("scaling", "corpus", "quality")
+    for name in bench.PARTS[part].workloads
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +26,13 @@ def tiny_gpt2(monkeypatch):
     transformers = pytest.importorskip("transformers")
     original, tiny = transformers.GPT2Config, {"n_layer": 3, "n_head": 2, "n_embd": 32}
     monkeypatch.setitem(gpt.PRESETS, "gpt2", {"vocab_size": 50257, "block_size": 1024, **tiny})
-    monkeypatch.setattr(transformers, "GPT2Config", lambda **fields: original(**({"n_positions": 1024} | tiny | fields)))
+    monkeypatch.setattr(
+        transformers, "GPT2Config", lambda **fields: original(**({"n_positions": 1024} | tiny | fields))
+    )
     for shape in bench.SHAPES.values():
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
     monkeypatch.setattr(workloads, "NEW", 4)
-    monkeypatch.setattr(gpt, "Muon", gpt.Muon)  # which a workload replaces, in a process of its own
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)  # the same
@@ -57,7 +63,9 @@ def test_the_best_of_all_rounds_counts_and_ratios_are_those_to_the_peer(form, mo
     def run(script, **_):
         calls.append(script[script.index("--only") + 1])
         seconds = (4.0 if "transformers" in calls[-1] else 1.0) + len(calls) / 1000
-        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": seconds, "memory": 10**9 * (3 - len(calls) // 9)}), "")
+        return subprocess.CompletedProcess(
+            script, 0, json.dumps({"seconds": seconds, "memory": 10**9 * (3 - len(calls) // 9)}), ""
+        )
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     bench.main(["finetune", "--rounds", "2", *(["--json"] if form == "json" else [])])
@@ -81,7 +89,12 @@ def test_unasked_it_trains_and_generates_and_leaves_out_what_is_not_installed(mo
     monkeypatch.setattr(bench.subprocess, "run", run)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     bench.main(["--rounds", "1"])
-    assert calls == [(part, name) for part in ("train", "generate") for name in bench.PARTS[part].workloads if not any(peer in name for peer in bench.OPTIONAL)]
+    assert calls == [
+        (part, name)
+        for part in ("train", "generate")
+        for name in bench.PARTS[part].workloads
+        if not any(peer in name for peer in bench.OPTIONAL)
+    ]
     out, err = capsys.readouterr()
     assert f"{12 * 64 / 0.5:,.0f}" in out and f"{4 * 50 / 0.5:,.0f}" in out and "tokens/s" in out and "torch" in err
 
@@ -115,20 +128,26 @@ def test_two_processes_are_started_by_torchrun(monkeypatch):
 
 def test_two_processes_share_a_step():
     script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", bench.__file__]
-    done = subprocess.run([*script, "processes", "--only", bench.TWO, "--steps", "2"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*script, "processes", "--only", bench.TWO, "--steps", "2"], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
 
 
-def test_the_profile_names_all_of_a_step(own_folder, capsys):
+def test_the_profile_names_all_of_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "validating", lambda steps: 0.125)
     bench.main(["--profile", "--steps", "2", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert 0 < found.pop("validation") < 1 and found.keys() == workloads.SHAPES.keys()
+    assert found.pop("validation") == 0.125 and found.keys() == workloads.SHAPES.keys()
     for shares in found.values():
-        assert sum(shares.values()) == pytest.approx(1) and {"matrix products", "data", "Python", "optimizer and clipping"} <= shares.keys()
+        assert (
+            sum(shares.values()) == pytest.approx(1)
+            and {"matrix products", "data", "Python", "optimizer and clipping"} <= shares.keys()
+        )
         assert shares.get("other", 0) < 0.25
     bench.main(["--profile", "--steps", "1"])
     out = capsys.readouterr().out
-    assert "matrix products" in out and regex.search(r"checkpoints: \d+\.\d% of a run of the preset tiny\n$", out)
+    assert "matrix products" in out and "12.5% of a run" in out
 
 
 def test_the_share_of_validation_is_that_of_a_whole_run(prose, monkeypatch):
@@ -136,17 +155,17 @@ def test_the_share_of_validation_is_that_of_a_whole_run(prose, monkeypatch):
     clock = [0.0]
 
     def taking(seconds, function):
-        def taken(*args):
+        def taken(*args, **options):
             clock[0] += seconds
-            return function(*args)
+            return function(*args, **options)
 
         return taken
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(gpt, "evaluate", taking(1.0, gpt.evaluate))
-    monkeypatch.setattr(gpt, "gradients", taking(0.1, gpt.gradients))
+    monkeypatch.setattr(gpt, "forward_backward", taking(0.1, gpt.forward_backward))
     monkeypatch.setattr(gpt, "save_run", taking(0.5, gpt.save_run))
-    share = workloads.validating(20, [*TINY, "--data", str(prose), "--max_steps", "20", "--eval_interval", "10"])
+    share = workloads.validating(20, [*TINY, "--data", str(prose), "--max_steps", "20", "--eval_interval", "20"])
     assert share == pytest.approx(9 * 1.5 / (9 * 1.5 + 800 * 0.1))
 
 

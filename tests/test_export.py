@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, enlarge, published
+from conftest import PROSE, enlarge, parameters_of, published
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +18,11 @@ transformers = pytest.importorskip("transformers")
 TOKENIZERS = {
     "bytes": gpt.Tokenizer.bytes,
     "bpe": lambda: gpt.Tokenizer.bpe([PROSE], 500),
-    "bpe of repetitions": lambda: gpt.Tokenizer.bpe(["=" * 50 + " " + "ab" * 40 + " " + "aaabaab" * 9 + "\n" * 40 + " " * 40] * 3, 330),
+    "bpe of repetitions": lambda: gpt.Tokenizer.bpe(
+        ["=" * 50 + " " + "ab" * 40 + " " + "aaabaab" * 9 + "\n" * 40 + " " * 40] * 3, 330
+    ),
     "end of text in front": lambda: gpt.Tokenizer(
-        {token: rank + 1 for token, rank in gpt.Tokenizer.bpe([PROSE], 400).ranks.items()}, "bpe"
+        {token: rank + 1 for token, rank in gpt.Tokenizer.bpe([PROSE], 400).ranks.items()}, "bpe", 0
     ),
 }
 
@@ -85,10 +87,11 @@ def test_there_and_back_is_bit_exact(kind):
     checkpoint("ours", TOKENIZERS[kind](), n_head=4)
     export.main(["ours", "--format", "hf", "--out", "theirs"])
     convert_gpt2.main(["theirs", "--out", "back"])
-    for name in ("model.safetensors", "tokenizer.tiktoken"):
-        assert Path("ours", name).read_bytes() == Path("back", name).read_bytes(), name
+    ours, back = parameters_of("ours"), parameters_of("back")
+    assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
+    assert Path("ours/tokenizer.tiktoken").read_bytes() == Path("back/tokenizer.tiktoken").read_bytes()
     ours, back = (json.loads(Path(folder, "config.json").read_text()) for folder in ("ours", "back"))
-    assert ours["model"] == back["model"] and ours["tokenizer"] == back["tokenizer"]
+    assert all(ours[key] == back[key] for key in ("model", "tokenizer", "eot", "special_tokens"))
 
 
 def test_back_and_there_gives_what_was_published(tmp_path):
@@ -142,7 +145,9 @@ def test_gguf_holds_the_weights(dtype, precision):
         tensor, p = tensors[theirs], ours[name].detach().numpy()
         assert list(tensor.shape[::-1]) == list(p.shape), "gguf counts the dimensions from the other end"
         exact = p.ndim == 1 or "wpe" in name
-        assert tensor.tensor_type.name == ("F32" if exact else {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}[dtype])
+        assert tensor.tensor_type.name == (
+            "F32" if exact else {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}[dtype]
+        )
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(p.shape)
         assert np.abs(values - p).max() <= (0 if exact else precision) * np.abs(p).max(), name
     assert fields["general.file_type"] == {"float32": 0, "float16": 1, "q8_0": 7}[dtype]
@@ -152,7 +157,13 @@ def test_gguf_holds_the_shape_and_the_vocabulary():
     _, tokenizer = checkpoint("ours", TOKENIZERS["bpe"](), vocab_size=512)
     export.main(["ours", "--format", "gguf", "--out", "theirs.gguf"])
     fields, _ = read_gguf("theirs.gguf")
-    shape = {"context_length": 32, "embedding_length": 32, "feed_forward_length": 128, "block_count": 2, "attention.head_count": 2}
+    shape = {
+        "context_length": 32,
+        "embedding_length": 32,
+        "feed_forward_length": 128,
+        "block_count": 2,
+        "attention.head_count": 2,
+    }
     assert fields["general.architecture"] == "gpt2"
     assert {key: fields[f"gpt2.{key}"] for key in shape} == shape
     assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
@@ -170,7 +181,10 @@ def test_q8_0_leaves_rows_that_it_cannot_pack_in_float16():
     checkpoint("ours", n_embd=40)  # the MLP's second layer has rows of 160 = 5 x 32, the other matrices rows of 40
     export.main(["ours", "--format", "gguf", "--dtype", "q8_0", "--out", "theirs.gguf"])
     _, tensors = read_gguf("theirs.gguf")
-    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "F16" and tensors["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
+    assert (
+        tensors["blk.0.ffn_up.weight"].tensor_type.name == "F16"
+        and tensors["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
+    )
 
 
 def test_bytes_without_merges_get_a_rule_that_never_applies():

@@ -56,24 +56,23 @@ def same_weights(one, other):
 SLOW_TO_SAVE = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
-import gpt, torch
+import gpt
 
-gradients, save = gpt.gradients, torch.save
+forward_backward, save_file = gpt.forward_backward, gpt.save_file
 
 def interrupted(model, data, step, config, dtype):
     if step == 6:
         os.kill(os.getpid(), signal.SIGINT)
-    return gradients(model, data, step, config, dtype)
+    return forward_backward(model, data, step, config, dtype)
 
-def slow(run, path):
-    if run["step"] == 7:
-        with open(path, "wb") as file:
-            file.write(b"half")
+def slow(tensors, path, metadata):
+    if path.name == gpt.STATE and '"step": 7' in metadata["metadata"]:
+        path.write_bytes(b"half")
         print("saving", flush=True)
         time.sleep(60)
-    save(run, path)
+    save_file(tensors, path, metadata)
 
-gpt.gradients, torch.save = interrupted, slow
+gpt.forward_backward, gpt.save_file = interrupted, slow
 gpt.main()
 """
 
@@ -87,7 +86,7 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(prose, seco
         process.send_signal(second)
         assert process.wait(30) == 128 + second and time.monotonic() - began < 20  # the save alone would take sixty
     check_files(Path("here"))
-    assert gpt.load_run("here")["step"] == 4 and list(Path("here").glob(".training_state.pt.*.part"))
+    assert gpt.load_run("here")[0]["step"] == 4 and Path(f"here/.{gpt.STATE}.part").exists()
     gpt.main(["--resume", "--out", "here"])
     gpt.main([*FLAGS, "--out", "whole"])
     same_weights("here", "whole")
@@ -98,7 +97,7 @@ def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(runs
     batch, pressed = gpt.TokenDataset.batch, []
 
     def in_the_middle(data, windows):
-        steps = gpt.load_run("here")["rows"][-1]["step"] + 4 if Path("here/training_state.pt").exists() else 0
+        steps = gpt.load_run("here")[0]["rows"][-1]["step"] + 4 if Path("here/training_state.safetensors").exists() else 0
         if len(data) < 100 and windows[0] > 0 and steps == step and not pressed:  # the validation's second batch
             pressed.append(steps)
             os.kill(os.getpid(), signal.SIGINT)
@@ -114,7 +113,7 @@ def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(runs
         assert "nothing was saved" in capsys.readouterr().err and not Path("here/config.json").exists()
         return
     check_files(Path("here"))
-    assert gpt.load_run("here")["step"] == step and gpt.load_run("here")["rows"][-1]["step"] == step - 4
+    assert gpt.load_run("here")[0]["step"] == step and gpt.load_run("here")[0]["rows"][-1]["step"] == step - 4
     gpt.main(["--resume", "--out", "here"])
     same_weights("here", "whole")
     assert len(Path("here/log.csv").read_text().splitlines()) == 5
@@ -138,7 +137,7 @@ def test_one_process_of_two_killed_ends_the_other_and_says_so(prose, victim):
     assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
     assert err.count("error: another process of this run has died: --resume goes on from the last save") == 1, err[:3000]
     check_files(Path("here"))
-    step = gpt.load_run("here")["step"]
+    step = gpt.load_run("here")[0]["step"]
     gpt.main(["--resume", "--out", "here", "--max_steps", str(step + 3)])
 
 
@@ -149,7 +148,7 @@ def test_ctrl_c_reaches_two_processes_twice_and_both_save_first(prose):
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and err.count("stopped and saved at step") == 1
     saved = int(err.split("stopped and saved at step ")[1].split(" ")[0].replace(",", ""))
-    assert gpt.load_run("here")["step"] == saved
+    assert gpt.load_run("here")[0]["step"] == saved
     check_files(Path("here"))
 
 
@@ -204,7 +203,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_what_was_there(runs, monkeypatc
         assert "No space left on device" in error, (full_at, error)
         check_files(Path("here"))
         gpt.load_checkpoint("here")
-        assert gpt.load_run("here")["step"] in (4, 8) and not list(Path("here").glob(".*.part"))
+        assert gpt.load_run("here")[0]["step"] in (4, 8) and not list(Path("here").glob(".*.part"))
         gpt.main(argv)
         assert all(torch.equal(weight, whole[name]) for name, weight in parameters_of("here").items()), full_at
 
@@ -233,14 +232,14 @@ def losing_permission(folder, argv, lose_at, status):
     """gpt.py in a folder that turns read-only at a step; its exit status goes to `status`."""
     os.chdir(folder)
     without_privileges()
-    gradients = gpt.gradients
+    forward_backward = gpt.forward_backward
 
     def losing(model, data, step, config, dtype):
         if step == lose_at:
             os.chmod("here", 0o500)
-        return gradients(model, data, step, config, dtype)
+        return forward_backward(model, data, step, config, dtype)
 
-    gpt.gradients = losing
+    gpt.forward_backward = losing
     sys.stderr = open("err.txt", "w", buffering=1)  # noqa: SIM115  (until the process ends)
     try:
         gpt.main(argv)
@@ -262,21 +261,21 @@ def test_a_folder_that_is_read_only_or_becomes_so_is_an_error(prose, lose_at):
     assert status.value == 2 and error.startswith("error: ") and "Permission denied" in error, error
     if lose_at:
         Path("here").chmod(0o700)
-        assert "step 8 could not be saved" in error and gpt.load_run("here")["step"] == 4
+        assert "could not be written" in error and gpt.load_run("here")[0]["step"] == 4
         check_files(Path("here"))
 
 
 def test_a_folder_that_vanishes_is_an_error_and_where_it_went_the_run_goes_on(runs, monkeypatch, capsys):
-    gradients = gpt.gradients
+    forward_backward = gpt.forward_backward
 
     def losing(model, data, step, config, dtype):
         if step == 6 and Path("here").exists():
             Path("here").rename("there")
-        return gradients(model, data, step, config, dtype)
+        return forward_backward(model, data, step, config, dtype)
 
-    monkeypatch.setattr(gpt, "gradients", losing)
+    monkeypatch.setattr(gpt, "forward_backward", losing)
     error = failed(capsys, [*FLAGS, "--out", "here"])
-    assert "step 8 could not be saved" in error and "No such file" in error and not Path("here").exists()
+    assert "could not be written" in error and "No such file" in error and not Path("here").exists()
     check_files(Path("there"))
     gpt.main(["--resume", "--out", "there"])
     same_weights("there", "whole")
@@ -318,7 +317,7 @@ def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, mo
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights", "validation"])
 def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(prose, where, value, monkeypatch, capsys):
-    gradients, evaluate = gpt.gradients, gpt.evaluate
+    gradients, evaluate = gpt.forward_backward, gpt.evaluate
 
     def poisoned(model, data, step, config, dtype):
         if step == 6 and where == "weights":
@@ -330,9 +329,9 @@ def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(
 
     def misjudged(model, *rest):
         figures = evaluate(model, *rest)
-        return figures | {"loss": value} if where == "validation" and gpt.load_run("here")["step"] == 4 else figures
+        return figures | {"loss": value} if where == "validation" and gpt.load_run("here")[0]["step"] == 4 else figures
 
-    monkeypatch.setattr(gpt, "gradients", poisoned)
+    monkeypatch.setattr(gpt, "forward_backward", poisoned)
     if where == "validation":
         gpt.main([*FLAGS, "--out", "here", "--max_steps", "4"])
         monkeypatch.setattr(gpt, "evaluate", misjudged)
@@ -362,7 +361,7 @@ def test_weights_that_go_wrong_where_no_loss_sees_them_are_not_saved(prose, monk
     error = failed(capsys, [*FLAGS, "--out", "here"], status=1)
     assert "the largest weight is nan at step 6" in error
     check_files(Path("here"))
-    assert gpt.load_run("here")["step"] == 4
+    assert gpt.load_run("here")[0]["step"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,13 +384,13 @@ def test_the_same_seed_gives_the_same_weights_and_the_same_text_twice(prose, cap
 
 def test_memory_does_not_grow_with_the_steps(prose, monkeypatch):
     """After a beginning in which caches fill, 28 saves keep no more than 3 MB; a figure that stayed each time would be 40 MB."""
-    gradients, resident = gpt.gradients, {}
+    forward_backward, resident = gpt.forward_backward, {}
 
     def noting(model, data, step, config, dtype):
         resident[step] = psutil.Process().memory_info().rss
-        return gradients(model, data, step, config, dtype)
+        return forward_backward(model, data, step, config, dtype)
 
-    monkeypatch.setattr(gpt, "gradients", noting)
+    monkeypatch.setattr(gpt, "forward_backward", noting)
     gpt.main([*FLAGS, "--out", "here", "--max_steps", "200", "--eval_interval", "5"])
     later = [resident[step] for step in range(61, 200, 20)]
     growth = [b - a for a, b in itertools.pairwise(later)]

@@ -95,10 +95,10 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_changes(base, me
 
 def test_frozen_parts_have_no_gradient_and_no_optimizer_state(base):
     tune("--method", "last", "--blocks", 1, "--out", "tuned")
-    run = torch.load("tuned/training_state.pt", weights_only=True)
-    assert run["weights"].keys() == run["best_weights"].keys() == set(trained(base, "last", blocks=1))
-    states = sum(len(state) > 0 for optimizer in run["optimizers"] for state in optimizer["state"].values())
-    assert states == len(run["weights"])
+    tensors = gpt.load_run("tuned")[1]
+    names = set(trained(base, "last", blocks=1))
+    assert {name for name in tensors if ":" not in name} == names
+    assert {name.split(":")[0] for name in tensors if ":" in name} == names
 
 
 def test_the_backward_pass_ends_where_nothing_below_is_trained(base):
@@ -111,13 +111,13 @@ def test_the_backward_pass_ends_where_nothing_below_is_trained(base):
     assert visited == [2] and base.transformer.h[1].mlp.c_fc.weight.grad is None
 
 
-def test_what_is_kept_for_the_backward_pass_shrinks_with_what_is_trained(base):
+def test_activations_kept_for_the_backward_pass_shrink_with_the_trainable_part(base):
     data = gpt.TokenDataset(np.arange(200), 16)
     kept = []
     for method in ("full", "last", "layernorm"):
         model = gpt.load_checkpoint("checkpoints/scratch")[0]
         trained(model, method, blocks=1, dropout=0.0)
-        kept.append(finetune.kept(model, data, FinetuneConfig(data=["x"], batch_size=4), torch.float32))
+        kept.append(finetune.activation_bytes(model, data, FinetuneConfig(data=["x"], batch_size=4), torch.float32))
     assert kept[1] < kept[0] / 2 and kept[1] < kept[2] < kept[0]
 
 
@@ -215,7 +215,7 @@ def test_training_lora_ends_where_peft_ends(base):
     theirs = peft.get_peft_model(theirs, settings)
     torch.manual_seed(3)
     model, tokenizer = gpt.load_checkpoint("checkpoints/scratch")
-    config = finetune.FinetuneConfig(**{key: value for key, value in gpt.load_run("tuned")["config"].items()
+    config = finetune.FinetuneConfig(**{key: value for key, value in gpt.load_run("tuned")[0]["config"].items()
                                         if key in FinetuneConfig.__dataclass_fields__})  # fmt: skip
     finetune.choose(model, config)
     ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -224,7 +224,7 @@ def test_training_lora_ends_where_peft_ends(base):
             if p.requires_grad:
                 p.copy_(ours[name.removeprefix(lora.PREFIX).replace(".default.weight", "")])
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0)
-    _, train_tokens, val_tokens, _ = gpt.prepare(["other.txt"], tokenizer)
+    _, train_tokens, val_tokens = gpt.load_data(["other.txt"], tokenizer)
     data, val = gpt.TokenDataset(train_tokens, 16, 4), gpt.TokenDataset(val_tokens, 16)
     for step in range(40):
         optimizer.param_groups[0]["lr"] = gpt.learning_rate(step, config)
@@ -236,13 +236,13 @@ def test_training_lora_ends_where_peft_ends(base):
     with torch.no_grad():
         x, y = val.batch(range(len(val)))
         loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten(), ignore_index=-1).item()
-    rows = gpt.load_run("tuned")["rows"]
+    rows = gpt.load_run("tuned")[0]["rows"]
     assert rows[-1]["val_loss"] == pytest.approx(loss, rel=1e-4) and loss < rows[0]["val_loss"] - 0.1
 
 
 def climb(monkeypatch, begin):
     """From a step on, training makes everything worse."""
-    original = gpt.gradients
+    original = gpt.forward_backward
 
     def uphill(model, data, step, config, dtype):
         loss = original(model, data, step, config, dtype)
@@ -251,20 +251,20 @@ def climb(monkeypatch, begin):
                 p.grad *= -1
         return loss
 
-    monkeypatch.setattr(gpt, "gradients", uphill)
+    monkeypatch.setattr(gpt, "forward_backward", uphill)
 
 
 def test_a_run_that_learned_nothing_says_so(base, monkeypatch, capsys):
     climb(monkeypatch, 0)
     tune("--out", "tuned", "--method", "full")
-    assert "what is saved computes what the base computes" in capsys.readouterr().err
+    assert "the saved model is the base" in capsys.readouterr().err
     assert all(torch.equal(p, parameters_of("checkpoints/scratch")[name]) for name, p in parameters_of("tuned").items())
 
 
 def test_the_adapter_that_is_saved_is_that_of_the_best_validation(base, monkeypatch):
     climb(monkeypatch, 4)
     tune("--out", "tuned", "--save_adapter", "adapter", "--dtype", "float32", "--max_steps", 16, "--beta2", 0.5)
-    assert gpt.load_run("tuned")["best"]["step"] < 16
+    assert gpt.load_run("tuned")[2]["step"] < 16
     ours = lora.load_adapter(gpt.load_checkpoint("checkpoints/scratch")[0], "adapter")
     merged, _ = gpt.load_checkpoint("tuned")
     idx = torch.arange(16)[None]
@@ -283,10 +283,9 @@ def test_resuming_is_the_same_as_never_stopping(base, method, monkeypatch):
         tune(*flags, "--out", "parts", expect=130)
     torch.manual_seed(99)
     finetune.main(["--resume", "--out", "parts"])
-    whole, parts = (torch.load(f"{name}/training_state.pt", weights_only=True) for name in ("whole", "parts"))
-    assert whole["weights"].keys() == parts["weights"].keys()
-    for name, weight in whole["weights"].items():
-        assert torch.equal(weight, parts["weights"][name]), name
+    whole, parts = gpt.load_run("whole")[1], gpt.load_run("parts")[1]
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     for name, weight in parameters_of("whole").items():
         assert torch.equal(weight, parameters_of("parts")[name])
 
@@ -298,26 +297,40 @@ def test_a_run_whose_base_has_changed_is_not_resumed(base, capsys):
         gpt.save_checkpoint("checkpoints/scratch", model, gpt.Tokenizer.bytes(), overwrite=True)
         with pytest.raises(SystemExit) as end:
             finetune.main(["--resume", "--out", "tuned", "--max_steps", "12"])
-        assert end.value.code == 2 and "the base changed since the run in tuned began" in capsys.readouterr().err
+        assert end.value.code == 2 and "the data or the base model changed since the run in tuned began" in capsys.readouterr().err
         assert Path("tuned/model.safetensors").read_bytes() == before
 
 
-def test_what_reports_only_can_be_asked_for_on_resuming(base, capsys):
+def test_a_run_whose_text_has_changed_is_not_resumed(base, capsys):
     tune("--out", "tuned")
-    finetune.main(["--resume", "--out", "tuned", "--save_adapter", "adapter", "--also_eval", "prose.txt"])
-    out = capsys.readouterr().out
-    assert "prose.txt: " in out and lora.load_adapter(base, "adapter")
-    finetune.main(["--resume", "--out", "tuned"])  # the adapter of this run itself is replaced
-    lora.save_adapter(base, Path("another"), "scratch")
+    Path("other.txt").write_text(OTHER[1:])
     with pytest.raises(SystemExit) as end:
-        finetune.main(["--resume", "--out", "tuned", "--save_adapter", "another"])
-    assert end.value.code == 2 and "another already holds an adapter" in capsys.readouterr().err
+        finetune.main(["--resume", "--out", "tuned", "--max_steps", "12"])
+    assert end.value.code == 2 and "the data or the base model changed" in capsys.readouterr().err
 
 
-def test_a_place_for_the_adapter_that_is_none_is_found_before_training(base, capsys):
+def test_resuming_changes_the_schedule_but_not_the_method(base, capsys):
+    tune("--out", "tuned")
+    finetune.main(["--resume", "--out", "tuned", "--max_steps", "12", "--lr", "0.001", "--also_eval", "prose.txt", "--rank", "8"])
+    assert "prose.txt: " in capsys.readouterr().out and gpt.load_run("tuned")[0]["step"] == 12
+    changes = {"model": "tuned", "method": "full", "rank": "4", "targets": "attn.c_proj", "save_adapter": "adapter", "block_size": "8"}
+    for flag, value in changes.items():
+        with pytest.raises(SystemExit) as end:
+            finetune.main(["--resume", "--out", "tuned", f"--{flag}", value])
+        assert end.value.code == 2 and f"--resume can't change {flag}" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_overwritten_unasked(base, capsys):
+    tune("--out", "tuned", "--save_adapter", "adapter")
+    tune("--out", "again", "--save_adapter", "adapter", expect=2)
+    assert "adapter already holds an adapter" in capsys.readouterr().err
+    finetune.main(["--resume", "--out", "tuned", "--max_steps", "12"])  # its own adapter is replaced
+
+
+def test_a_folder_for_the_adapter_that_cannot_be_made_is_refused_before_training(base, capsys):
     Path("taken").write_text("a file")
     tune("--out", "tuned", "--save_adapter", "taken", expect=2)
-    assert "File exists: 'taken'" in capsys.readouterr().err and not Path("tuned").exists()
+    assert "the folder taken for the adapter can't be made" in capsys.readouterr().err and not Path("tuned").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are started by fork")
@@ -337,23 +350,21 @@ def test_each_script_resumes_its_own_runs(base, capsys):
     tune("--out", "tuned")
     with pytest.raises(SystemExit) as end:
         gpt.main(["--resume", "--out", "tuned"])
-    assert end.value.code == 2 and "python finetune.py --resume --out tuned" in capsys.readouterr().err
+    assert end.value.code == 2 and "tuned is a run of finetune.py" in capsys.readouterr().err
     gpt.main([*TINY, "--data", "prose.txt", "--out", "ordinary"])
     with pytest.raises(SystemExit) as end:
         finetune.main(["--resume", "--out", "ordinary"])
-    assert end.value.code == 2 and "python gpt.py --resume --out ordinary" in capsys.readouterr().err
+    assert end.value.code == 2 and "ordinary is a run of gpt.py" in capsys.readouterr().err
 
 
 def test_training_ends_early_when_nothing_gets_better(base, capsys):
     tune("--out", "tuned", "--lr", "9", "--grad_clip", 0, "--max_steps", 40, "--patience", 2, "--eval_interval", 1, "--warmup_steps", 0)
-    run = gpt.load_run("tuned")
-    assert run["step"] == run["best"]["step"] + 2 < 40
-    message = f"ended at step {run['step']}, as 2 validations brought nothing better; to go on, --resume with more --max_steps or --patience"
-    assert message in capsys.readouterr().err
+    run, _, best = gpt.load_run("tuned")
+    assert run["step"] == best["step"] + 2 < 40
     before = parameters_of("tuned")
     finetune.main(["--resume", "--out", "tuned"])  # there is nothing left to do
-    assert message in capsys.readouterr().err
-    assert gpt.load_run("tuned")["step"] == run["step"] and all(torch.equal(p, before[n]) for n, p in parameters_of("tuned").items())
+    after = parameters_of("tuned")
+    assert gpt.load_run("tuned")[0]["step"] == run["step"] and all(torch.equal(p, before[n]) for n, p in after.items())
 
 
 def test_the_result_is_an_ordinary_checkpoint_with_a_name_of_its_own(base, capsys):
@@ -361,16 +372,17 @@ def test_the_result_is_an_ordinary_checkpoint_with_a_name_of_its_own(base, capsy
     out, err = capsys.readouterr()
     described = json.loads(Path("checkpoints/scratch-finetuned/config.json").read_text())
     assert described["training"]["model"] == "scratch" and described["training"]["method"] == "lora"
-    assert described["base"] == hashlib.sha256(Path("checkpoints/scratch/model.safetensors").read_bytes()).hexdigest()
+    fingerprints = gpt.load_run("checkpoints/scratch-finetuned")[0]["fingerprints"]
+    assert fingerprints["base"] == hashlib.sha256(Path("checkpoints/scratch/model.safetensors").read_bytes()).hexdigest()
     assert "bits per byte before" in out and "prose.txt: " in out and " after" in out
-    assert "1,536 of 14,240 values are trained, 10.787%" in err and "memory: weights" in err
+    assert "1,536 of 14,240 parameters are trained, 10.787%" in err and "memory: weights" in err
 
 
 def test_what_the_base_knew_is_measured_before_and_after(base, capsys):
     tune("--also_eval", "prose.txt", "--dtype", "float32", "--val_bytes", "300")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("prose.txt"))
     figures = [float(word) for word in line.split() if word[0].isdigit()]
-    tokens = gpt.TokenDataset(gpt.prepare(["prose.txt"], gpt.Tokenizer.bytes(), val_bytes=300)[2], 16)
+    tokens = gpt.TokenDataset(gpt.load_data(["prose.txt"], gpt.Tokenizer.bytes(), val_bytes=300)[2], 16)
     for figure, name in zip(figures, ("checkpoints/scratch", "checkpoints/scratch-finetuned"), strict=True):
         model, tokenizer = gpt.load_checkpoint(name)
         assert gpt.evaluate(model, tokens, tokenizer)["bits_per_byte"] == pytest.approx(figure, abs=1e-4)
@@ -388,34 +400,33 @@ def write_lines(path, *examples):
 def test_only_the_completion_is_learned_and_padding_never_counts():
     tokenizer = gpt.Tokenizer.bytes()
     path = write_lines("d.jsonl", {"prompt": "ab", "completion": "xyz"}, {"prompt": "", "completion": "q"}, {"prompt": "z", "completion": "w"})
-    train, val, _ = finetune.documents([path], tokenizer, 16, 2**20)
+    train, val = finetune.documents([path], tokenizer, 16, 2**20)
     x, y = train.batch([0, 1])
     assert x.tolist() == [[97, 98, 120, 121, 122], [256, 113, 0, 0, 0]]
     assert y.tolist() == [[-1, 120, 121, 122, 256], [113, 256, -1, -1, -1]], "the end of text is learned"
     assert val.batch([0])[1].tolist() == [[119, 256]]
-    assert train.opening() == [97, 98], "a sample goes on from a prompt"
 
 
 def test_a_text_is_learned_whole_however_long():
     tokenizer = gpt.Tokenizer.bytes()
     path = write_lines("d.jsonl", {"text": "abcdefghij"}, {"text": "k"})
-    train, _, _ = finetune.documents([path], tokenizer, 4, 2**20)
+    train, _ = finetune.documents([path], tokenizer, 4, 2**20)
     targets = [t for _, y in map(train.batch, [[i] for i in range(len(train))]) for t in y.flatten().tolist()]
     assert bytes(targets[:-1]) == b"abcdefghij" and targets[-1] == 256
 
 
 def test_of_a_prompt_that_is_too_long_the_end_counts(capsys):
     path = write_lines("d.jsonl", {"prompt": "abcdefgh", "completion": "xy"}, {"prompt": "a", "completion": "b"})
-    train, _, _ = finetune.documents([path], gpt.Tokenizer.bytes(), 5, 2**20)
+    train, _ = finetune.documents([path], gpt.Tokenizer.bytes(), 5, 2**20)
     assert train.examples == [([102, 103, 104, 120, 121, 256], 3)]
     assert "1 of 2 examples are longer than 5 tokens" in capsys.readouterr().err
 
 
 def test_the_last_tenth_validates():
     path = write_lines("d.jsonl", *({"prompt": str(i), "completion": "x"} for i in range(50)))
-    train, val, _ = finetune.documents([path], gpt.Tokenizer.bytes(), 16, 2**20)
+    train, val = finetune.documents([path], gpt.Tokenizer.bytes(), 16, 2**20)
     assert (len(train), len(val)) == (45, 5)
-    train, val, _ = finetune.documents([path], gpt.Tokenizer.bytes(), 16, 2)
+    train, val = finetune.documents([path], gpt.Tokenizer.bytes(), 16, 2)
     assert (len(train), len(val)) == (48, 2), "at most val_bytes of it"
 
 
@@ -430,7 +441,7 @@ def test_padding_changes_no_loss(base):
 def test_documents_are_tuned_on_from_end_to_end(base, capsys):
     write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
     tune("--method", "full", "--out", "tuned", "--max_steps", 40, "--patience", 0, "--lr", "0.01", data="d.jsonl")
-    rows = gpt.load_run("tuned")["rows"]
+    rows = gpt.load_run("tuned")[0]["rows"]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
     assert 40 * 4 * 3 < rows[-1]["tokens"] < 40 * 4 * 4, "completions of two to four tokens, not padded windows"
 
@@ -439,7 +450,7 @@ def test_documents_can_be_what_the_base_knew(base, capsys):
     write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
     tune("--also_eval", "d.jsonl", "--dtype", "float32")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("d.jsonl"))
-    _, val, _ = finetune.documents(["d.jsonl"], gpt.Tokenizer.bytes(), 16, 2**20)
+    _, val = finetune.documents(["d.jsonl"], gpt.Tokenizer.bytes(), 16, 2**20)
     figure = gpt.evaluate(gpt.load_checkpoint("checkpoints/scratch")[0], val, gpt.Tokenizer.bytes())["bits_per_byte"]
     assert f"d.jsonl: {figure:.4f} bits per byte before, " in line
 
@@ -451,14 +462,13 @@ LINES = {
     '{"prompt": "a"}': re.escape("""expected {"text": ...}, or {"prompt": ..., "completion": ...}, found ['prompt']"""),
     '{"text": "a", "prompt": "b", "completion": "c"}': "found .'completion', 'prompt', 'text'.",
     '{"instruction": "a"}': "found .'instruction'.",
-    '{"text": ""}': "the text is empty",
-    '{"prompt": "a", "completion": ""}': "the text is empty",
+    '{"text": ""}': "the text to learn is empty",
+    '{"prompt": "a", "completion": ""}': "the text to learn is empty",
     '{"text": 7}': "expected strings",
     '["text"]': "found list",
     "7": "found int",
-    "{text}": "Expecting property name .*, at character 2$",
+    "{text}": "Expecting property name",
     '{"text": "a"': "Expecting ',' delimiter",
-    "\udcff": "can't decode byte 0xff",
     '{"text": "\\ud800a"}': "surrogates not allowed",
     "[" * 100_000: "recursion",
 }
@@ -473,8 +483,8 @@ def test_a_malformed_line_is_named_by_its_number(base, line, message, capsys):
 
 
 BAD = {
-    "no base": (["--model", "gpt2"], "python convert_gpt2.py gpt2"),
-    "no method": (["--method", "prayer"], "method is 'prayer', expected one of full"),
+    "no base": (["--model", "gpt2"], "there is no checkpoint gpt2, in checkpoints/ there is scratch"),
+    "no method": (["--method", "prayer"], "argument --method: invalid choice: 'prayer'"),
     "rank 0": (["--rank", "0"], "rank is 0"),
     "rank too large": (["--rank", "17"], "rank is 17, expected 1 to 16"),
     "alpha 0": (["--alpha", "0"], "alpha is 0"),
@@ -483,17 +493,17 @@ BAD = {
     "the tied head": (["--targets", "lm_head"], "the head is tied"),
     "onto the base": (["--out", "checkpoints/scratch"], "is the base itself"),
     "onto the base, by another name": (["--out", "./checkpoints/../checkpoints/scratch", "--overwrite"], "is the base itself"),
-    "no such text": (["--data", "nothing.txt"], "there is no text at nothing.txt"),
-    "no such documents": (["--data", "nothing.jsonl"], "there is no file nothing.jsonl"),
+    "no such text": (["--data", "nothing.txt"], "there is no UTF-8 text at nothing.txt"),
+    "no such documents": (["--data", "nothing.jsonl"], "there is no UTF-8 text at nothing.jsonl"),
     "little known text": (["--also_eval", "little.txt"], "shorter than a window"),
     "two kinds": (["--data", "other.txt", "d.jsonl"], "mixes .jsonl with other texts"),
-    "latin-1": (["--data", "latin.txt"], "is not UTF-8"),
+    "latin-1": (["--data", "latin.txt"], "there is no UTF-8 text at latin.txt"),
     "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora, not full"),
     "a rank of no lora": (["--method", "last", "--rank", "4"], "--rank goes with --method lora, not last"),
-    "an adapter as the base": (["--model", "adapter"], "adapter is an adapter: python sample.py --model ITS_BASE --adapter adapter"),
+    "an adapter as the base": (["--model", "adapter"], "adapter is an adapter: use python sample.py --model ITS_BASE --adapter adapter"),
     "json": (["--data", "d.json"], "d.json is JSON, not text: finetune.py learns from .jsonl"),
     "nothing to learn from": (["--data"], "expected at least one argument"),
-    "another tokenizer": (["--tokenizer", "gpt2"], "tokenizer is 'gpt2', expected one of base"),
+    "another tokenizer": (["--tokenizer", "gpt2"], "argument --tokenizer: invalid choice: 'gpt2'"),
     "resume from nowhere": (["--resume"], "--resume needs --out"),
     "too little text": (["--data", "little.txt"], "shorter than a window"),
     "one document": (["--data", "one.jsonl"], "has too few examples (1)"),
@@ -534,15 +544,14 @@ ADAPTERS = {
     "other ranks": (lambda folder: change(folder, rank_pattern={"c_attn": 4}), "rank_pattern is {'c_attn': 4}"),
     "other scales": (lambda folder: change(folder, alpha_pattern={"c_attn": 4}), "alpha_pattern is {'c_attn': 4}"),
     "another base": (lambda folder: change(folder, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    "infinite": (lambda folder: change(folder, lora_alpha=math.inf), "lora_alpha in adapter is inf"),
-    "no number": (lambda folder: change(folder, lora_alpha="16"), "lora_alpha in adapter is '16'"),
-    "rank as text": (lambda folder: change(folder, r="8"), "is '8', not that of its tensors"),
-    "the head": (lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"), "has .'lm_head.lora_A'., which is none of attn"),
-    "no block": (lambda folder: rename(folder, "h.2.", "h.7."), "does not fit the model at transformer.h.2"),
+    "infinite": (lambda folder: change(folder, lora_alpha=math.inf), "lora_alpha is inf"),
+    "no number": (lambda folder: change(folder, lora_alpha="16"), "is not a readable adapter"),
+    "the head": (lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"), "lm_head.lora_A is none of attn"),
+    "no block": (lambda folder: rename(folder, "h.2.", "h.7."), "transformer.h.2.attn.c_attn.lora_A does not fit the model"),
     "no rank": (lambda folder: change(folder, r=None), "is not a readable adapter"),
-    "another rank": (lambda folder: change(folder, r=3), "is 3, not that of its tensors"),
-    "dora": (lambda folder: change(folder, use_dora=True), "is not plain LoRA: use_dora is True"),
-    "another kind": (lambda folder: change(folder, peft_type="IA3"), "is not plain LoRA: peft_type is 'IA3'"),
+    "another rank": (lambda folder: change(folder, r=3), "does not fit the model and the rank of 3"),
+    "dora": (lambda folder: change(folder, use_dora=True), "it is not plain LoRA: use_dora is True"),
+    "another kind": (lambda folder: change(folder, peft_type="IA3"), "it is not plain LoRA: peft_type is 'IA3'"),
 }
 
 

@@ -74,10 +74,14 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(trouble, int):
             return self.reply(trouble)
         if trouble in ("429 1 s", "429 date", "429 a day"):
-            after = {"429 1 s": "1", "429 date": formatdate(time.time() + 1, usegmt=True), "429 a day": "86400"}[trouble]
+            after = {"429 1 s": "1", "429 date": formatdate(time.time() + 1, usegmt=True), "429 a day": "86400"}[
+                trouble
+            ]
             return self.reply(429, {"Retry-After": after})
         if trouble == "html":
-            return self.reply(200, {"Content-Type": "text/html; charset=utf-8"}, b"<!DOCTYPE html><title>Log in</title>")
+            return self.reply(
+                200, {"Content-Type": "text/html; charset=utf-8"}, b"<!DOCTYPE html><title>Log in</title>"
+            )
         if wanted and trouble != "ranges ignored":
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         part = body[start:]
@@ -154,13 +158,6 @@ def test_what_is_not_there_is_not_asked_for_again(server):
     assert hub.open_source("owner/name")[0]("vocab.json") is None and len(server.seen) == requests
 
 
-def test_a_second_download_of_the_same_model_is_refused_while_the_first_goes_on(server):
-    fetch, folder = hub.open_source("owner/name")
-    with gpt.locked(folder), pytest.raises(gpt.InputError, match="another process is at work in"):
-        fetch("config.json")
-    assert fetch("config.json").read_bytes() == FILES["config.json"]
-
-
 def test_an_index_and_its_file_do_not_share_what_is_downloaded_of_them(server):
     fetch, folder = hub.open_source("owner/name")
     folder.mkdir(parents=True)
@@ -234,7 +231,10 @@ def test_breaks_and_wrong_content_in_turn_do_not_go_on_for_ever(server):
 def test_a_later_run_goes_on_with_what_an_earlier_one_got(server, monkeypatch):
     server.trouble = ["cut"] + [500] * 9
     fetch, folder = hub.open_source("owner/name")
-    with pytest.raises(gpt.InputError, match="could not be downloaded.*500.*the same command goes on after [0-9,]+ bytes; or save config.json"):
+    with pytest.raises(
+        gpt.InputError,
+        match="could not be downloaded.*500.*run the same command to resume after [0-9,]+ bytes, or save config.json",
+    ):
         fetch("model.safetensors")
     assert len(leftovers(folder)) == 1 and not (folder / "model.safetensors").exists()
     server.trouble = []
@@ -275,10 +275,10 @@ def test_a_part_longer_than_the_file_is_begun_anew(server):
         ([500] * 9, "the server answered 500"),
         (["429 a day"], "the server answered 429"),
         (["stall"] * 9, "the connection broke|no answer for 0.5 s"),
-        ([401], "there is no such model, or it is not public.*HF_TOKEN"),
-        ([403], "there is no such model, or it is not public.*HF_TOKEN"),
+        ([401], "no such model, or it isn't public.*HF_TOKEN"),
+        ([403], "no such model, or it isn't public.*HF_TOKEN"),
         ([400], "the answer for .* is 400"),
-        (["html"], "a web page came in place of"),
+        (["html"], "is a web page"),
     ],
 )
 def test_what_stays_wrong_is_never_given_its_name(server, trouble, message):
@@ -307,7 +307,10 @@ def test_a_model_that_is_not_there_says_how_to_go_on(server):
 def test_no_network_at_all_says_how_to_go_on(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "PAUSE", 0.001)
-    with pytest.raises(gpt.InputError, match="no connection to 127.0.0.1:9. What to do: save config.json.* from https://huggingface.co/openai"):
+    with pytest.raises(
+        gpt.InputError,
+        match="no connection to 127.0.0.1:9. What to do: save config.json.* from https://huggingface.co/openai",
+    ):
         hub.open_source("gpt2")[0]("config.json")
 
 
@@ -329,7 +332,10 @@ def test_a_folder_needs_no_network(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     with pytest.raises(gpt.InputError, match="mine has no config.json"):
         hub.open_source("mine")
-    for content, what in ((b"\n <!DOCTYPE html><p>", "a web page"), (b"version https://git-lfs.github.com/spec/v1\n", "a pointer")):
+    for content, what in (
+        (b"\n <!DOCTYPE html><p>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+    ):
         (tmp_path / "mine" / "merges.txt").write_bytes(content)
         (tmp_path / "mine" / "config.json").write_text("{}")
         with pytest.raises(gpt.InputError, match=f"merges.txt is {what}"):

@@ -28,8 +28,13 @@ def test_all_are_drawn_and_not_empty(trained, own_folder):
 
 def test_the_curves_are_those_of_the_log(trained, own_folder):
     dropout, steps, train, val = pictures.read_run(own_folder / "with")
-    rows = gpt.load_run("with")["rows"]
-    assert dropout == 0.2 and steps == [0, 4, 8, 12] and val == [row["val_loss"] for row in rows] and train[1:] == [row["train_loss"] for row in rows][1:]
+    rows = gpt.load_run("with")[0]["rows"]
+    assert (
+        dropout == 0.2
+        and steps == [0, 4, 8, 12]
+        and val == [row["val_loss"] for row in rows]
+        and train[1:] == [row["train_loss"] for row in rows][1:]
+    )
 
 
 def test_the_mask_is_that_of_attention():
@@ -37,7 +42,11 @@ def test_the_mask_is_that_of_attention():
     for T, S in ((8, 8), (3, 8)):
         v = torch.randn(1, 1, S, 4, requires_grad=True)
         gpt.attention(torch.randn(1, 1, T, 4), torch.randn(1, 1, S, 4), v)[0, 0, 0].sum().backward()
-        assert (v.grad[0, 0].abs().sum(1) > 0).tolist() == [s <= S - T for s in range(S)] == (torch.ones(T, S).tril(S - T)[0] > 0).tolist()
+        assert (
+            (v.grad[0, 0].abs().sum(1) > 0).tolist()
+            == [s <= S - T for s in range(S)]
+            == (torch.ones(T, S).tril(S - T)[0] > 0).tolist()
+        )
 
 
 def test_the_pictures_in_the_notes_are_drawn_by_this_script_or_by_a_named_command():

@@ -21,7 +21,7 @@ SHAPES = [GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_parameters_are_those_of_the_model(config):
-    assert config.n_parameters == sum(p.numel() for p in GPT(config).parameters())
+    assert scaling.parameters(config) == sum(p.numel() for p in GPT(config).parameters())
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -40,7 +40,10 @@ def test_flops_are_those_that_pytorch_counts(config, B, monkeypatch):
 def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monkeypatch):
     monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=fused))
     model, sizes = GPT(config).train(), {}
-    idx, own = torch.randint(0, config.vocab_size, (2, 3, config.block_size)), {p.untyped_storage().data_ptr() for p in model.parameters()}
+    idx, own = (
+        torch.randint(0, config.vocab_size, (2, 3, config.block_size)),
+        {p.untyped_storage().data_ptr() for p in model.parameters()},
+    )
 
     def note(tensor):
         storage = tensor.untyped_storage()
@@ -48,7 +51,10 @@ def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monke
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+    ):
         _, loss = model(*idx)
     assert sum(sizes.values()) == scaling.activations(config, 3, config.block_size, bfloat16, fused) and loss.isfinite()
 
@@ -61,7 +67,9 @@ def test_weights_gradients_and_averages_are_those_of_a_step():
     optimizer.step()
     tensors = list(model.parameters())
     averages = [average for state in optimizer.state.values() for average in state.values() if average.dim()]
-    assert found["weights"] == sum(p.nbytes for p in tensors) and found["gradients"] == sum(p.grad.nbytes for p in tensors)
+    assert found["weights"] == sum(p.nbytes for p in tensors) and found["gradients"] == sum(
+        p.grad.nbytes for p in tensors
+    )
     assert found["averages"] == sum(average.nbytes for average in averages)
 
 
@@ -70,7 +78,10 @@ def test_the_plan_is_that_of_the_published_run(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["parameters"] for row in rows] == [124439808, 354823168, 774030080, 1557611200]
     assert 90 < rows[0]["hours"]["8"] < 100  # nanoGPT: about four days
-    assert all(row["hours"]["8"] == pytest.approx(8 * row["hours"]["64"]) and row["fixed"] == 16 * row["parameters"] for row in rows)
+    assert all(
+        row["hours"]["8"] == pytest.approx(8 * row["hours"]["64"]) and row["fixed"] == 16 * row["parameters"]
+        for row in rows
+    )
     assert rows[0]["flops_per_token"] == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 1024 * 768
     bench.main(["--plan"])
     assert "gpt2-xl" in capsys.readouterr().out
@@ -83,7 +94,9 @@ def measured(monkeypatch):
 
     def run(script, **_):
         calls.append(script[script.index("--only") + 1])
-        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": 0.5 * len(calls), "memory": 10**8 * len(calls)}), "")
+        return subprocess.CompletedProcess(
+            script, 0, json.dumps({"seconds": 0.5 * len(calls), "memory": 10**8 * len(calls)}), ""
+        )
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     return calls
@@ -92,12 +105,16 @@ def measured(monkeypatch):
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_scaling_measures_every_point_and_draws_them(measured, form, capsys):
     bench.main(["--scaling", "--rounds", "1", "--picture", "drawn.png", *(["--json"] if form == "json" else [])])
-    points = [f"{name} {n}" for name, (values, _) in scaling.SWEEPS.items() for n in values] + [f"corpus {n}" for n in scaling.CORPUS]
+    points = [f"{name} {n}" for name, (values, _) in scaling.SWEEPS.items() for n in values] + [
+        f"corpus {n}" for n in scaling.CORPUS
+    ]
     assert measured == points
     lines = capsys.readouterr().out.splitlines()
     if form == "json":
         rows = [json.loads(line) for line in lines]
-        assert rows[0]["tokens_per_second"] == 4096 / 0.5 and rows[-1]["megabytes_per_second"] == 1000 / (0.5 * len(points))
+        assert rows[0]["tokens_per_second"] == 4096 / 0.5 and rows[-1]["megabytes_per_second"] == scaling.CORPUS[-1] / (
+            0.5 * len(points)
+        )
         config = GPTConfig(**(scaling.BASE | {"block_size": 64}))
         assert rows[0]["gflops"] == pytest.approx(scaling.flops(config, 64, 64) / 0.5 / 1e9)
     else:
@@ -119,8 +136,8 @@ def test_a_point_is_measured_for_real(point, monkeypatch, capfd):
 
 
 def test_a_text_is_tokenized_anew_at_each_step(monkeypatch, own_folder):
-    sizes, prepare = [], gpt.prepare
-    monkeypatch.setattr(gpt, "prepare", lambda names: sizes.append(Path(names[0]).stat().st_size) or prepare(names))
+    sizes, load_data = [], gpt.load_data
+    monkeypatch.setattr(gpt, "load_data", lambda names: sizes.append(Path(names[0]).stat().st_size) or load_data(names))
     step = scaling.tokenizing(2)
     for number in range(3):
         step(number)

@@ -65,8 +65,10 @@ def test_figures_are_those_of_an_independent_computation(both, capsys):
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(both).double()(idx, labels=idx)
         ours = model(idx)[0].double()
-    assert row["reference_loss"] == pytest.approx(theirs.loss.item(), abs=1e-6)
-    assert row["relative_error"] == pytest.approx(((ours - theirs.logits).abs().max() / theirs.logits.abs().max()).item(), rel=0.01)
+    assert row["reference_loss"] == pytest.approx(theirs.loss.item(), abs=1e-5)  # theirs is a float32
+    assert row["relative_error"] == pytest.approx(
+        ((ours - theirs.logits).abs().max() / theirs.logits.abs().max()).item(), rel=0.01
+    )
 
 
 def test_the_first_difference_is_the_first():
@@ -77,8 +79,8 @@ def test_the_first_difference_is_the_first():
 def test_the_table_is_for_reading(both, capsys):
     verify_gpt2.main(["ours", "--new_tokens", "5"])
     out, err = capsys.readouterr()
-    assert "greedy text: 5 of 5 tokens the same" in out and "\nequal: no relative error over" in out
-    assert f"the files in {both}\n" in err
+    assert "greedy text: 5 of 5 tokens the same" in out and "\nequal: the largest relative error is" in out
+    assert f"with {both}\n" in err
 
 
 @pytest.mark.parametrize(
@@ -99,10 +101,12 @@ def test_a_broken_conversion_is_found_out_and_the_place_named(both, tmp_path, ca
     damage(tmp_path / "checkpoints" / "ours", name, change)
     assert verify("ours", "--new_tokens", "5") == 1
     verdict = lines(capsys)[-1]
-    assert not verdict["equal"] and verdict["worst"] > 1e-5 and verdict["parts_at"] == place and verdict["parts_by"] > 1e-5
+    assert (
+        not verdict["equal"] and verdict["worst"] > 1e-5 and verdict["parts_at"] == place and verdict["parts_by"] > 1e-5
+    )
     with pytest.raises(SystemExit) as end:
         verify_gpt2.main(["ours", "--new_tokens", "5", "--reference", str(both)])
-    assert end.value.code == 1 and f"first at {place}, with a" in capsys.readouterr().out
+    assert end.value.code == 1 and f"first differ at {place}, with a" in capsys.readouterr().out
 
 
 def test_without_the_published_files_nothing_is_called_proven(both, tmp_path, capsys):
@@ -125,7 +129,9 @@ def test_the_files_are_found_from_every_folder(both, tmp_path, monkeypatch, caps
 def test_another_vocabulary_is_found_out(both, tmp_path, capsys):
     path = tmp_path / "checkpoints" / "ours" / "tokenizer.tiktoken"
     lines = path.read_text().splitlines()
-    lines[97], lines[98] = (f"{a.split()[0]} {b.split()[1]}" for a, b in ((lines[97], lines[98]), (lines[98], lines[97])))
+    lines[97], lines[98] = (
+        f"{a.split()[0]} {b.split()[1]}" for a, b in ((lines[97], lines[98]), (lines[98], lines[97]))
+    )
     path.write_text("\n".join(lines) + "\n")
     assert verify("ours", "--new_tokens", "5") == 1
     verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -154,7 +160,7 @@ def test_a_model_of_our_own_is_compared_by_way_of_the_exporter(tmp_path, capsys)
     gpt.save_checkpoint("mine", model, gpt.Tokenizer.bytes())
     assert verify("mine") == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out.splitlines()[-1])["equal"] and "by way of export.py" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["equal"] and "as exported by export.py" in captured.err
 
 
 def test_a_shorter_context_is_compared_within_it(both, capsys):
@@ -165,7 +171,9 @@ def test_a_shorter_context_is_compared_within_it(both, capsys):
 
 
 def test_random_weights_need_no_checkpoint(monkeypatch, capsys):
-    monkeypatch.setitem(gpt.PRESETS, "gpt2", {"block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 300})
+    monkeypatch.setitem(
+        gpt.PRESETS, "gpt2", {"block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 300}
+    )
     assert verify("gpt2", "--random") == 0
     assert lines(capsys)[-1]["equal"]
 
@@ -203,7 +211,9 @@ def test_a_sound_model_shows_no_mistake(both, monkeypatch, capsys):
     monkeypatch.setitem(mistakes.MISTAKES, "none", lambda model: [])
     verify("ours", "--diagnose")
     (row,) = lines(capsys)
-    assert (row["relative_error"], row["parts_at"], row["same_tokens"]) == (0, None, 200), "as long as the context allows"
+    assert (row["relative_error"], row["parts_at"], row["same_tokens"]) == (0, None, 200), (
+        "as long as the context allows"
+    )
 
 
 def test_each_mistake_is_taken_back(both):
@@ -240,7 +250,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_status_2(both, tmp_path, case, capsys):
     published(tmp_path / "other", n_embd=16)
-    for name, described in {"llama": {"model_type": "llama"}, "empty": json.loads((both / "config.json").read_text())}.items():
+    for name, described in {
+        "llama": {"model_type": "llama"},
+        "empty": json.loads((both / "config.json").read_text()),
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(described))
     with pytest.raises(SystemExit) as end:
