@@ -1,17 +1,17 @@
-"""Speed and memory, beside what a user would take instead, in one run; ratios count, as machines and their moods differ.
+"""Speed and memory, compared with the alternatives in one run; look at the ratios, as machines and their load differ.
 
-    python bench.py                               training a small model, and generating with GPT-2 (124M, random weights)
+    python bench.py                               train a small model, and generate with GPT-2 (124M, random weights)
     python bench.py train-large train-gpt2        training at larger shapes
     python bench.py train-dropout                 training with dropout
     python bench.py generate-8                    eight streams at once
-    python bench.py quality                       training on Shakespeare until it is as good as nanoGPT's recipe for a CPU
+    python bench.py quality                       training on Shakespeare until it matches nanoGPT's recipe for a CPU
     python bench.py finetune                      adapting GPT-2
     python bench.py --profile                     where the time of a step goes
     python bench.py --scaling                     how time and memory grow with context, width, depth, batch and text
     python bench.py --plan                        GPT-2's four sizes on 8 and 64 GPUs, by closed forms
 
-Each workload runs in a process of its own, several times in turn with the others. Of the medians over its steps the lowest
-counts, of its peaks in memory, beyond what the process held with its libraries loaded, the highest.
+Each workload runs in a process of its own, several times, in turn with the others. The lowest median of its steps
+counts, and the highest peak in memory, less what the process took with its libraries loaded.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def processor():
 
 
 def resident(peak=False):
-    """Bytes of memory that this process holds, or has held at most; None where the system does not say."""
+    """Bytes of memory that this process uses, or used at its peak; None if the system does not say."""
     status = Path("/proc/self/status")
     found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+)", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else None
@@ -66,7 +66,7 @@ def resident(peak=False):
 
 @dataclasses.dataclass
 class Part:
-    """Workloads that are measured beside each other; the first is the peer that ratios are to."""
+    """Workloads that are compared; ratios are relative to the first."""
 
     unit: str
     size: float  # units in a step
@@ -111,7 +111,10 @@ PARTS = {
         "transformers, nanoGPT's recipe": lambda: to_quality(peer=True),
         "gpt.py, until it is as good": to_quality,
     }),
-    "compile": Part("tokens/s", 32 * 64, 20, {"gpt.py": train_tiny, "gpt.py --compile": lambda: train_tiny(compile=True)}),
+    "compile": Part("tokens/s", 32 * 64, 20, {
+        "gpt.py": train_tiny,
+        "gpt.py --compile": lambda: train_tiny(compile=True),
+    }),
     "processes": Part("tokens/s", 32 * 64, 20, {
         "one thread": lambda: train_tiny(1),
         "two threads": lambda: train_tiny(2),
@@ -189,9 +192,7 @@ def measure(name, part, rounds, steps):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(
-        prog="bench.py", description="Speed and memory, beside what a user would take instead, in one run."
-    )
+    parser = gpt.Parser(prog="bench.py", description="Speed and memory, compared with the alternatives in one run.")
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: train generate)"
     )
@@ -239,7 +240,8 @@ def main(argv=None):
         require(len(names) == 1 and args.only in workloads, f"--only is one of {', '.join(map(repr, workloads))}")
         return work(PARTS[names[0]], args.only, args.steps or PARTS[names[0]].steps)
     log(
-        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {processor()}"
     )
     if args.scaling:
         found = {
@@ -267,7 +269,8 @@ def main(argv=None):
                 "ratio": peer / found["seconds"],
             }
             memory = "" if found["memory"] is None else f"{found['memory'] / 1e9:.2f} GB"
-            line = f"{workload:<30} {row['per_second']:>10,.{0 if part.size > 1 else 2}f} {row['ratio']:>7.2f} {memory:>12}"
+            speed = f"{row['per_second']:,.{0 if part.size > 1 else 2}f}"
+            line = f"{workload:<30} {speed:>10} {row['ratio']:>7.2f} {memory:>12}"
             print(json.dumps(row | found) if args.json else line, flush=True)
             drawn.setdefault(name, {})[workload] = row["ratio"]
     scaling.plot_ratios(drawn, picture)

@@ -1,7 +1,7 @@
-"""native.c as a library of this process, compiled when it is asked for: by gcc, or what else knows OpenMP.
+"""native.c as a library of this process, compiled on demand by gcc, or another compiler that has OpenMP.
 
-That takes about a second, and none but Python's own modules, so that it can go on while PyTorch is imported. The library is not
-kept: in a folder, it could be replaced by someone else's.
+That takes about a second and only Python's own modules, so that it can run while PyTorch is imported. The library is
+not kept on disk, where someone could replace it.
 """
 
 import ctypes
@@ -41,13 +41,13 @@ def build():
 
 @functools.cache
 def begin():
-    """Let it be compiled beside what comes next -> a future of the folder."""
+    """Start to compile in the background -> a future of the folder."""
     return ThreadPoolExecutor(1).submit(build)
 
 
 @functools.cache
 def load():
-    """native.c as a library, or None where it can't be compiled."""
+    """native.c as a library, or None if it can't be compiled."""
     try:
         with begin().result() as folder:
             found = ctypes.CDLL(str(Path(folder) / "native.so"))  # it stays in memory when the file is gone

@@ -56,27 +56,37 @@ def to_hf(model, tokenizer, out):
     with replacing(out / "model.safetensors") as part:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part, {"format": "pt"})
     pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = {"id": tokenizer.eot, "content": EOT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True}  # fmt: skip
-    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-           "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": rules}  # fmt: skip
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": tokenizer.eot, "content": EOT, **plain, "special": True}
+    bpe = {"type": "BPE", "vocab": vocab, "merges": rules, "ignore_merges": True}
+    bpe |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    bpe |= {"fuse_unk": False, "byte_fallback": False}
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    others = ("*.index.json", "model-*.safetensors", "pytorch_model*.bin", "added_tokens.json", "special_tokens_map.json")
-    for pattern in others:  # files of the model that is overwritten
-        for path in out.glob(pattern):
+    weights_elsewhere = ("*.index.json", "model-*.safetensors", "pytorch_model*.bin")
+    for pattern in (*weights_elsewhere, "added_tokens.json", "special_tokens_map.json"):
+        for path in out.glob(pattern):  # of the model that is overwritten
             path.unlink()
     same = {key: value for key, value in SAME.items() if key not in ("quantization_config", "auto_map")}
     dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()} | {"n_ctx": config.block_size}
+    tokenizer_json = {
+        "version": "1.0",
+        "added_tokens": [added],
+        "pre_tokenizer": pieces,
+        "decoder": pieces,
+        "model": bpe,
+    }
+    tokenizer_json |= dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
+    tokenizer_config |= {"bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
+    architecture = {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
     files = {
         "vocab.json": vocab,
-        "tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [added], "normalizer": None,
-                           "pre_tokenizer": pieces, "post_processor": None, "decoder": pieces, "model": bpe},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
-                                  "bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False},
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": tokenizer_config,
         "generation_config.json": ends | {"_from_model_config": True},
-        "config.json": {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"} | same | shape | dropouts | ends,
-    }  # fmt: skip
+        "config.json": architecture | same | shape | dropouts | ends,
+    }
     texts = {"merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules)}
     for name, content in files.items():
         indent = None if name == "tokenizer.json" else 2
@@ -146,7 +156,7 @@ def main(argv=None):
     formats = {"hf": "a folder for transformers", "gguf": "a file for llama.cpp"}
     parser.add_argument("--format", required=True, choices=formats, help="; ".join(map(": ".join, formats.items())))
     parser.add_argument("--out", required=True, help="the folder or file to write")
-    parser.add_argument("--dtype", default="float32", choices=GGUF_TYPES, help="of the matrices in gguf (default: float32)")
+    parser.add_argument("--dtype", default="float32", choices=GGUF_TYPES, help="type of matrices in gguf (float32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
     out = Path(args.out)

@@ -150,12 +150,14 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 
 def merge(ids, pair, new):
-    """Replace every occurrence of a pair, in place: [1, 2, 3, 1, 2], (1, 2), 4 -> [4, 3, 4]."""
-    i = 0
-    while i < len(ids) - 1:
-        if (ids[i], ids[i + 1]) == pair:
-            ids[i : i + 2] = [new]
-        i += 1
+    """Replace every occurrence of a pair: [1, 2, 3, 1, 2], (1, 2), 4 -> [4, 3, 4]."""
+    merged = []
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new
+        else:
+            merged.append(i)
+    return merged
 
 
 def train_bpe(texts, vocab_size):
@@ -165,7 +167,7 @@ def train_bpe(texts, vocab_size):
     merge would be slow: a merge visits only the words that contain its pair.
     """
     counts = Counter(chain.from_iterable(regex.findall(SPLIT, text) for text in texts))
-    words = [(list(word.encode()), count) for word, count in counts.items()]  # "low" -> [108, 111, 119]
+    words = [[list(word.encode()), count] for word, count in counts.items()]  # "low" -> [108, 111, 119]
     pairs = Counter()  # pair -> how often it occurs
     containing = defaultdict(set)  # pair -> the words it occurs in
     for i, (ids, count) in enumerate(words):
@@ -190,8 +192,8 @@ def train_bpe(texts, vocab_size):
             ids, count = words[i]
             for old in pairwise(ids):
                 pairs[old] -= count
-            merge(ids, pair, new)
-            for now in pairwise(ids):
+            words[i][0] = merge(ids, pair, new)
+            for now in pairwise(words[i][0]):
                 pairs[now] += count
                 if new in now:
                     containing[now].add(i)
@@ -251,12 +253,12 @@ class Tokenizer:
     def loads(cls, text, kind, eot=None):
         """The inverse of dumps. Raises ValueError unless the ids are 0, 1, 2, ..., with eot among them."""
         pairs = [line.split() for line in text.splitlines()]
-        tokenizer = cls({base64.b64decode(token): int(i) for token, i in pairs}, kind, eot)
-        ids = sorted([*tokenizer.ranks.values(), tokenizer.eot])
+        ranks = {base64.b64decode(token): int(i) for token, i in pairs}
+        ids = sorted([*ranks.values(), len(ranks) if eot is None else eot])
         require(
             ids == list(range(max(257, len(pairs) + 1))), "the ids of the tokenizer are not 0, 1, 2, ..., each once"
         )
-        return tokenizer
+        return cls(ranks, kind, eot)
 
 
 # ---- Files -> texts -> one long array of ids ----
@@ -285,10 +287,11 @@ def replacing(path, parents=False):
 
 def read_text(path):
     """A UTF-8 file -> its text, without byte-order mark, \\r\\n as \\n. Raises InputError if it isn't text."""
+    require(Path(path).is_file(), f"there is no text file {path}: give a file, a folder, pydoc or shakespeare")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"there is no UTF-8 text at {path}: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     unusable = re.search(r"\0|\s{100000}", text)  # tiktoken's regular expression overflows at a million spaces
     require(not unusable, f"{path} has NUL bytes, or 100,000 spaces in a row: it isn't text")
     return text
@@ -569,17 +572,16 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # weight tying (Press & Wolf 2017)
         if not wte.is_meta:  # load_checkpoint needs no values
-            self.init_weights()
+            self.apply(self.init_weights)
 
-    def init_weights(self):
-        """All initial values in one place; biases start at 0, LayerNorm's gains at 1 (Radford et al. 2019, 2.3)."""
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 n_layer such branches add up in the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+    def init_weights(self, module):
+        """N(0, 0.02), biases 0, LayerNorm's gains 1; the residual stream adds up 2 n_layer projections (GPT-2, 2.3)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, idx, caches=None):
         """idx (B, T) -> the final hidden states (B, T, C). With caches, idx follows the tokens in them."""
@@ -789,6 +791,9 @@ def refuse_existing(folder, overwrite=False):
 
 def save_tensors(path, tensors, metadata):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} holds numbers that are not finite: it was not saved; use a smaller --lr")
     save_file(tensors, path, {"format": "pt", "metadata": json.dumps(metadata)})
 
 
@@ -803,6 +808,11 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, kee
         save_tensors(part, weights or dict(model.named_parameters()), metadata)  # the tied head is in it once
         for name in () if keep_state else (CONFIG, STATE):  # of the checkpoint that was there
             (folder / name).unlink(missing_ok=True)
+    describe_checkpoint(folder, model, tokenizer, metadata)
+
+
+def describe_checkpoint(folder, model, tokenizer, metadata):
+    """Write tokenizer.tiktoken and config.json."""
     vocabulary = {"tokenizer": tokenizer.kind, "eot": tokenizer.eot, "special_tokens": {EOT: tokenizer.eot}}
     config = {"model": dataclasses.asdict(model.config), **vocabulary, **metadata}
     for name, text in ((VOCABULARY, tokenizer.dumps()), (CONFIG, json.dumps(config, indent=2) + "\n")):
@@ -835,7 +845,8 @@ def load_checkpoint(name, device="cpu"):
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
         model.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder} is not a readable checkpoint: {error}") from error
+        reason = " ".join(str(error).splitlines()[:2])[:300]  # of tensors that don't fit, the first
+        raise InputError(f"{folder} is not a readable checkpoint: {reason}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -991,6 +1002,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
         same = run["fingerprints"] == fingerprints
         require(same, f"the data or the base model changed since the run in {folder} began: start a new one")
         restore(tensors, model, optimizers)
+    if resumed and RANK == 0:  # a crash may have come between two files, or in the middle of one
+        describe_checkpoint(folder, model, tokenizer, best)
+        for part in folder.glob(".*.part"):
+            shutil.rmtree(part)
     run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind, tokenizer.eot]
     run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
     runner = torch.compile(model) if config.compile else model
@@ -1068,10 +1083,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             speed = (bar.format_dict["rate"] or 0) * n_targets
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
 
-    model.eval()
-    if RANK == 0 and run["rows"]:
-        save_run(run, model, optimizers, folder)
-        plot(run["rows"], folder / "loss.png")
+        model.eval()
+        if RANK == 0 and run["rows"]:
+            save_run(run, model, optimizers, folder)
+            plot(run["rows"], folder / "loss.png")
     if stop:
         log(f"stopped at step {step:,}; go on with --resume --out {folder}" if run["rows"] else "nothing was saved")
         raise SystemExit(128 + int(stop))

@@ -1,8 +1,8 @@
-"""Generating in C: the blocks of a GPT and its head, computed by native.c for the few tokens of a step.
+"""Generation in C: native.c computes the blocks of a GPT and its head for the few tokens of a step.
 
-PyTorch starts some thirty operations a block for each token, eighty in int8, where that takes longer than the arithmetic. Where
-native.c can be compiled, `speed_up` lets it take the steps after the prompt; elsewhere, and for all that is not generating, the model
-stays as it was.
+For each token, PyTorch starts some thirty operations per block, eighty in int8, which can take longer than the
+arithmetic. If native.c compiles, `speed_up` makes it compute the steps after the prompt. Otherwise, and for everything
+but generation, the model stays as it was.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ class Block(ctypes.Structure):
 
 
 def most_rows(dtype):
-    """Up to how many tokens at a time C is the faster one."""
+    """Up to how many tokens at a time C is faster than PyTorch."""
     return 2 if dtype == torch.bfloat16 == resolve_dtype("auto", torch.device("cpu")) else MOST_ROWS
 
 
@@ -39,7 +39,7 @@ def addresses(tensors):
 
 
 def linear(layer):
-    """The structure of a linear layer, and the tensors that it points to, which must live as long."""
+    """The structure of a linear layer, and the tensors it points to, which must live as long."""
     bias, scales = (
         None if part is None else part.detach().float() for part in (layer.bias, getattr(layer, "scales", None))
     )
@@ -105,9 +105,9 @@ def native_linear(layer):
 
 @torch.no_grad()
 def speed_up(model):
-    """Let native.c take the steps of a GPT's generating, in place, where that is possible.
+    """Let native.c compute the generation steps of a GPT, in place, if possible.
 
-    It is the last thing to do to a model: what is changed, converted or copied afterwards goes on with the weights of now.
+    Call it last: a model that is changed, converted or copied afterwards goes on with the present weights.
     """
     layers = [layer for block in model.transformer.h for layer in (*block.attn.children(), *block.mlp.children())]
     layers = [layer for layer in [*layers, model.lm_head] if hasattr(layer, "weight")]

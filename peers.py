@@ -1,7 +1,7 @@
-"""What a user would take instead of this project, ready to be timed by bench.py: transformers, llama.cpp, CTranslate2.
+"""The alternatives to this project that bench.py times: transformers, llama.cpp, CTranslate2.
 
-Each function returns one that makes a step: of training, in the plain loop that a user of transformers would write, or a
-generation.
+Each function returns one that makes a step: of training, in the plain loop that a user of transformers would write, or
+of generation.
 """
 
 import math
@@ -17,7 +17,7 @@ from gpt import GPT, GPTConfig
 
 
 def train(config, data, batch_size, settings=lambda: None, rate=lambda number: 1e-4):
-    """transformers' GPT-2 of a GPTConfig's shape and dropout, in float32, with AdamW at the learning rate of each step."""
+    """transformers' GPT-2 of a GPTConfig's shape and dropout, in float32, with AdamW; rate(step) is the learning rate."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {
@@ -46,7 +46,7 @@ def train(config, data, batch_size, settings=lambda: None, rate=lambda number: 1
 def nanogpt_recipe(config, data, val_data, tokenizer, steps=2000):
     """All of nanoGPT's recipe for Shakespeare on a CPU, in transformers -> bits per byte.
 
-    2,000 steps of 12 windows, AdamW with a warm-up of 100 steps to 0.001 and a cosine down to a tenth of that (its README
+    2,000 steps of 12 windows, AdamW with a warm-up of 100 steps to 0.001 and a cosine to a tenth of that (its README
     and config/train_shakespeare_char.py).
     """
     step = train(

@@ -1,11 +1,10 @@
 """int8 weights for generating and scoring: a quarter of float32's bytes, and so up to four times the tokens.
 
-A token alone passes through every weight once, and waits for memory rather than for arithmetic. So each matrix is kept in
-eight bits, with one scale for each output channel, and what flows between stays in floating point. For the product itself
-there are two ways, by what the processor is good at. PyTorch's kernel multiplies eight bits with bfloat16. Where that would be
-emulated, but there are instructions for whole numbers (VNNI), each token is rounded to eight bits, too, with a scale of its own,
-and whole numbers are multiplied (vector-wise quantization, Dettmers et al. 2022, "LLM.int8()", 3.1). The token embedding is
-the head, and shares its eight bits.
+A single token passes through every weight once, and waits for memory, not for arithmetic. So each matrix is stored as
+int8, with one scale per output channel; activations stay in floating point. The product is computed in one of two ways.
+PyTorch's kernel multiplies int8 with bfloat16. Where bfloat16 would be emulated, but there are instructions for int8
+(VNNI), each token is rounded to int8, too, with a scale of its own, and integers are multiplied (vector-wise
+quantization, Dettmers et al. 2022, "LLM.int8()", 3.1). The token embedding is the head, and shares its int8 matrix.
 """
 
 import math
@@ -24,7 +23,7 @@ def to_int8(weight):
 
 
 def multiplies_whole_numbers():
-    """Without VNNI, products of whole numbers are added up in sixteen bits, which two large ones overflow: wrong sums, no error."""
+    """Without VNNI, products are added up in sixteen bits, which two large ones overflow: wrong sums, no error."""
     vnni = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
     return vnni and resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
 
@@ -74,7 +73,7 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model):
-    """Put int8 weights into a GPT, in place: its matrices, and the head that is the embedding; all else stays float32."""
+    """Put int8 matrices into a GPT, in place, with the head and embedding as one; all else stays float32."""
     for block in model.transformer.h:
         for parent in (block.attn, block.mlp):
             for name, layer in list(parent.named_children()):

@@ -1,7 +1,7 @@
-"""What training costs as it grows: closed forms for parameters, arithmetic and memory, and the measurements beside them.
+"""How the cost of training grows: closed forms for parameters, arithmetic and memory, and measurements.
 
-bench.py --scaling measures, and bench.py --plan goes on from the forms to machines that are not here. The tests compare
-each form with what PyTorch counts and keeps, at small sizes, to the last byte.
+bench.py --scaling measures, and bench.py --plan applies the closed forms to larger machines. The tests compare each
+form with what PyTorch counts and keeps, at small sizes, to the last byte.
 """
 
 import functools
@@ -16,7 +16,7 @@ import gpt
 from gpt import GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closed forms. C channels, L layers, H heads, T tokens in a window, B windows, V tokens in the vocabulary, N parameters.
+# Closed forms. C channels, L layers, H heads, T tokens in each of B windows, V tokens in the vocabulary, N parameters.
 
 
 def parameters(config):
@@ -26,10 +26,10 @@ def parameters(config):
 
 
 def flops(config, B, T):
-    """Floating-point operations of a training step: an addition and a multiplication for each weight and token that meet.
+    """Floating-point operations of a training step: an addition and a multiplication for each weight and token.
 
-    Backward needs two products for each one of forward. Attention is counted whole, as it is computed where it is written
-    out; the mask makes half of it superfluous (as in Narayanan et al. 2021, appendix).
+    The backward pass needs two products for each one of the forward pass. Attention is counted without its mask, which
+    makes half of it superfluous (as in Narayanan et al. 2021, appendix).
     """
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     matrices = 2 * B * T * (12 * L * C**2 + V * C)
@@ -40,10 +40,10 @@ def flops(config, B, T):
 def activations(config, B, T, bfloat16=False, fused=False):
     """Bytes that forward keeps for backward, without dropout.
 
-    In each block: both inputs of the norms, C wide; their outputs, q, k, v and attention's output, C wide each; the MLP's
-    inner layer before and after the GELU, 4 C wide; mean and standard deviation of two norms; attention's T weights for
-    each head and token, of which the fused kernel keeps one sum; and the mask, once for all windows. In bfloat16, all but
-    the residual stream, the norms' figures and the loss is half as large, but each matrix is copied.
+    In each block: both inputs of the norms, C wide; their outputs, q, k, v and attention's output, C wide each; the
+    MLP's inner layer before and after the GELU, 4 C wide; mean and standard deviation of two norms; attention's T
+    weights for each head and token, of which the fused kernel keeps one sum; and the mask, once for all windows. In
+    bfloat16, all but the residual stream, the norms' figures and the loss is half as large, but each matrix is copied.
     """
     C, L, H, V = config.n_embd, config.n_layer, config.n_head, config.vocab_size
     size = 2 if bfloat16 else 4
@@ -83,8 +83,9 @@ def plan():
         fixed, each = sum(list(memory(config, 1, T).values())[:3]), activations(config, 1, T, bfloat16=True, fused=True)
         windows = int((0.9 * CARD - fixed) // each)
         per_token = flops(config, 1, T) / T
-        rows.append({"model": name, "parameters": parameters(config), "flops_per_token": per_token, "fixed": fixed, "per_window": each,
-                     "windows": windows, "hours": {n: per_token * TOKENS / (n * PEAK * SHARE) / 3600 for n in GPUS}})  # fmt: skip
+        hours = {n: per_token * TOKENS / (n * PEAK * SHARE) / 3600 for n in GPUS}
+        row = {"model": name, "parameters": parameters(config), "flops_per_token": per_token}
+        rows.append(row | {"fixed": fixed, "per_window": each, "windows": windows, "hours": hours})
     return rows
 
 
@@ -92,10 +93,13 @@ def show_plan(rows):
     print(f"{'model':<12} {'parameters':>13} {'GFLOP/token':>11} {'states':>8} {'per window':>10} {'windows':>7} "
           + " ".join(f"{f'hours, {n} GPUs':>14}" for n in GPUS))  # fmt: skip
     for row in rows:
-        print(f"{row['model']:<12} {row['parameters']:>13,} {row['flops_per_token'] / 1e9:>11.2f} {row['fixed'] / 1e9:>5.1f} GB "
-              f"{row['per_window'] / 1e9:>7.2f} GB {row['windows']:>7,} " + " ".join(f"{row['hours'][n]:>14,.0f}" for n in GPUS))  # fmt: skip
-    print(f"{TOKENS:.0e} tokens, context 1,024, bfloat16 and fused attention, {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s; states are weights, "
-          f"gradients and AdamW's averages;\nwindows are those that fit into nine tenths of {CARD / 1e9:.0f} GB at a time")  # fmt: skip
+        work = f"{row['model']:<12} {row['parameters']:>13,} {row['flops_per_token'] / 1e9:>11.2f}"
+        held = f"{row['fixed'] / 1e9:>5.1f} GB {row['per_window'] / 1e9:>7.2f} GB {row['windows']:>7,}"
+        print(work, held, *(f"{row['hours'][n]:>14,.0f}" for n in GPUS))
+    speed = f"{SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s"
+    print(f"{TOKENS:.0e} tokens, context 1,024, bfloat16 and fused attention, {speed};")
+    print("states are weights, gradients and AdamW's averages;")
+    print(f"windows is how many fit into nine tenths of {CARD / 1e9:.0f} GB at a time")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def training(name, n, stepping):
 
 
 def tokenizing(megabytes):
-    """-> a function that learns a vocabulary from a text of that size, and tokenizes it; the first call, a text of 1 MB."""
+    """-> a function that learns a vocabulary from that much text and tokenizes it; from 1 MB when first called."""
     from pydoc_data.topics import topics
 
     folder, text = tempfile.TemporaryDirectory(), "\n".join(topics.values())
@@ -219,14 +223,16 @@ def figures(point, found):
 def show(rows):
     for sweep in dict.fromkeys(row["sweep"] for row in rows):
         corpus = sweep == "corpus"
-        print(f"{sweep + (', MB' if corpus else ''):>12} {'ms':>10} {'MB/s' if corpus else 'tokens/s':>10} {'' if corpus else 'GFLOP/s':>8} "
+        unit, flop = ("MB/s", "") if corpus else ("tokens/s", "GFLOP/s")
+        print(f"{sweep + (', MB' if corpus else ''):>12} {'ms':>10} {unit:>10} {flop:>8} "
               f"{'peak memory':>12} {'' if corpus else 'closed form':>12}".rstrip())  # fmt: skip
         for row in (row for row in rows if row["sweep"] == sweep):
             speed = row["megabytes_per_second"] if corpus else row["tokens_per_second"]
             held = "" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f} MB"
             more = ("", "") if corpus else (f"{row['gflops']:,.0f}", f"{row['closed_form'] / 1e6:,.0f} MB")
             print(
-                f"{row['value']:>12,} {1e3 * row['seconds']:>10,.1f} {speed:>10,.1f} {more[0]:>8} {held:>12} {more[1]:>12}".rstrip()
+                f"{row['value']:>12,} {1e3 * row['seconds']:>10,.1f} {speed:>10,.1f} "
+                f"{more[0]:>8} {held:>12} {more[1]:>12}".rstrip()
             )
 
 

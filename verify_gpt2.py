@@ -1,6 +1,6 @@
 """Prove that our model computes what transformers computes, or find the first place where it doesn't.
 
-    python verify_gpt2.py gpt2                          compare logits, loss and greedy text with transformers in float64
+    python verify_gpt2.py gpt2                          logits, loss and greedy text against transformers
     python verify_gpt2.py gpt2 --diagnose               put in each known mistake on purpose: how visible is it?
     python verify_gpt2.py mine --reference hf-folder    where does my own conversion differ from the published files?
     python verify_gpt2.py gpt2 --random                 random weights of GPT-2's shape, without a download

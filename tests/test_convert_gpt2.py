@@ -302,7 +302,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path, shard):
 
 
 def trained_by_tokenizers(folder, specials, vocab_size=400):
-    """A byte-level vocabulary learned by the tokenizers library, in vocab.json and merges.txt -> the library's encoder."""
+    """vocab.json and merges.txt, learned by the tokenizers library -> its encoder."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()

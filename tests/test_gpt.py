@@ -185,9 +185,7 @@ def test_token_bytes_spell_the_text(learned):
 
 
 def test_merge_by_example():
-    ids = [1, 2, 3, 1, 2]
-    gpt.merge(ids, (1, 2), 4)
-    assert ids == [4, 3, 4]
+    assert gpt.merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4] and gpt.merge([1, 1, 1], (1, 1), 2) == [2, 1]
 
 
 def test_an_unreachable_gpt2_vocabulary_names_the_remedies(monkeypatch, tmp_path):
@@ -1148,8 +1146,8 @@ def test_a_signal_saves_and_exits(prose, number, status):
 BAD = [
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--data", "empty.txt"], "too little text"),
-    (["--data", "binary.txt"], "no UTF-8 text at binary.txt"),
-    (["--data", "latin1.txt"], "no UTF-8 text at latin1.txt"),
+    (["--data", "binary.txt"], "binary.txt is not UTF-8"),
+    (["--data", "latin1.txt"], "latin1.txt is not UTF-8"),
     (["--data", "examples.JSONL"], "is JSON, not text"),
     (["--data", "short.txt"], "shorter than a window"),
     (["--preset", "huge"], "invalid choice: 'huge'"),
@@ -1214,7 +1212,7 @@ def test_a_resumed_run_keeps_its_shape_and_its_text(prose, capsys):
 def test_an_error_in_a_real_process_has_no_traceback(own_folder):
     done = script("gpt.py", "--data", "nowhere.txt")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: there is no UTF-8 text at nowhere.txt") and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: there is no text file nowhere.txt") and "Traceback" not in done.stderr
 
 
 def test_help_names_every_flag(capsys):

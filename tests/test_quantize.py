@@ -14,7 +14,7 @@ from quantize import Int8Linear
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_whole_numbers_add_up(rows, sign):
-    """As the processor has it: 3,072 products of 127 and 127, which overflow where two of them are added in sixteen bits."""
+    """3,072 products of 127 and 127, on this processor: two of them overflow sixteen bits."""
     x, weight = sign * torch.ones(rows, 3072), torch.full((40, 3072), 127, dtype=torch.int8)
     found = Int8Linear(weight, torch.full((40,), 1 / 127), None)(x)
     assert (found - sign * 3072).abs().max() < 0.01 * 3072

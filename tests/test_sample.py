@@ -235,11 +235,16 @@ def test_help_needs_no_torch():
     assert done.returncode == 0 and "--top_p" in done.stdout, done.stderr
 
 
-def test_a_real_process_streams_as_it_generates(checkpoints):
+@pytest.fixture
+def endless(checkpoints):
+    """The first model, but the end of text never comes."""
     model, tokenizer = gpt.load_checkpoint("checkpoints/first")
     with torch.no_grad():
-        model.transformer.wte.weight[tokenizer.eot] = -100 * model.transformer.ln_f.bias  # the end of text never comes
+        model.transformer.wte.weight[tokenizer.eot] = -100 * model.transformer.ln_f.bias
     gpt.save_checkpoint("checkpoints/first", model, tokenizer, overwrite=True)
+
+
+def test_a_real_process_streams_as_it_generates(endless):
     command = [sys.executable, str(ROOT / "sample.py"), "--model", "first", "--prompt", "a", "--max_new_tokens", "20000"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, here and in children
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -251,7 +256,7 @@ def test_a_real_process_streams_as_it_generates(checkpoints):
     assert process.returncode > 0 and err.splitlines()[-1:] == [b"interrupted"]
 
 
-def test_a_reader_who_leaves_early_is_no_error(checkpoints):
+def test_a_reader_who_leaves_early_is_no_error(endless):
     command = f"{sys.executable} {ROOT / 'sample.py'} --model first --prompt a --max_new_tokens 3000 | head -c 20"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, check=False)
     assert len(done.stdout) == 20 and done.stderr == b""

@@ -15,7 +15,8 @@ import gpt
 import scaling
 from gpt import GPT, GPTConfig
 
-SHAPES = [GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40), GPTConfig(block_size=16, vocab_size=300, n_layer=3, n_head=1, n_embd=8),
+SHAPES = [GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40),
+          GPTConfig(block_size=16, vocab_size=300, n_layer=3, n_head=1, n_embd=8),
           GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=4, n_embd=64)]  # fmt: skip
 
 
