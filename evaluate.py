@@ -114,9 +114,10 @@ def show_scores(rows):
 def read_log(path):
     """log.csv -> its rows, as numbers. Raises InputError with the line that is wrong."""
     require(path.is_file(), f"there is no {path}: name the folder of a checkpoint that was trained here")
+    text = gpt.read_text(path)
     number = 1
     try:
-        lines = list(csv.DictReader(gpt.read_text(path).splitlines()))
+        lines = list(csv.DictReader(text.splitlines()))
         columns = ("step", "train_loss", "val_loss", "val_bits_per_byte")
         valid = lines and set(columns) <= lines[0].keys()
         require(valid, f"it should have rows with the columns {', '.join(columns)}")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, ROOT, TINY, enlarge
+from conftest import PROSE, ROOT, TINY, enlarge, parameters_of
+from safetensors.torch import save_file
 
 import evaluate
 import export
@@ -216,9 +217,10 @@ def copied_text(monkeypatch):
 def large_embedding(monkeypatch):
     original = gpt.GPT.init_weights
 
-    def init_weights(self):
-        original(self)
-        torch.nn.init.normal_(self.transformer.wte.weight)
+    def init_weights(self, module):
+        original(self, module)
+        if isinstance(module, gpt.GPT):  # comes last
+            torch.nn.init.normal_(module.transformer.wte.weight)
 
     monkeypatch.setattr(gpt.GPT, "init_weights", init_weights)
 
@@ -579,7 +581,7 @@ LOGS = {
     "other columns": ("a,b\n1,2\n", "line 1, is not that of a training log"),
     "words": ("step,train_loss,val_loss,val_bits_per_byte\n0,1,2,3\n1,x,2,3\n", "line 3, is not that of a training log"),
     "half a line": ("step,train_loss,val_loss,val_bits_per_byte\n0,1\n", "line 2, is not that of a training log"),
-    "bytes": (b"\xff\xfe\x00", "there is no UTF-8 text at run/log.csv"),
+    "bytes": (b"\xff\xfe\x00", "run/log.csv is not UTF-8 text"),
 }
 
 
@@ -602,7 +604,7 @@ BAD = {
     "no text": (["--model", "mine"], "mine has no text of its own"),
     "empty text": (["--model", "mine", "--data", "empty.txt"], "empty.txt is shorter than two tokens"),
     "one token": (["--model", "mine", "--data", "one.txt"], "one.txt is shorter than two tokens"),
-    "not there": (["--model", "mine", "--data", "nowhere.txt"], "there is no UTF-8 text at nowhere.txt"),
+    "not there": (["--model", "mine", "--data", "nowhere.txt"], "there is no text file nowhere.txt"),
     "context too large": (["--model", "mine", "--data", "words.txt", "--context", "33"], "--context 33 does not fit mine: 1 to 32"),
     "no context": (["--model", "mine", "--data", "words.txt", "--context", "0"], "--context 0 does not fit mine: 1 to 32"),
     "stride too large": (["--model", "mine", "--data", "words.txt", "--context", "8", "--stride", "9"], "--stride 9 would skip tokens"),
@@ -629,8 +631,10 @@ def test_bad_input_is_one_line_and_status_2(mine, case, capsys):
     Path("empty.txt").write_text("")
     Path("one.txt").write_text("a")
     Path("nul.txt").write_bytes(b"a\0b")
-    mine.transformer.wte.weight.data[0] = math.nan
     gpt.save_checkpoint("checkpoints/poisoned", mine, gpt.Tokenizer.bytes())
+    weights = parameters_of("checkpoints/poisoned")
+    weights["transformer.wte.weight"][0] = math.nan
+    save_file(weights, "checkpoints/poisoned/model.safetensors")
     run(*argv, expect=2)
     out, error = capsys.readouterr()
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error and out == ""

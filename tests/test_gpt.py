@@ -1168,7 +1168,7 @@ BAD = [
     (["--max_steps"], "expected one argument"),
     (["--out", ""], "out is empty"),
     (["--out", "taken"], "already holds a checkpoint: add --overwrite"),
-    (["--out", "file/sub"], "Not a directory|File exists"),
+    (["--out", "file/sub"], "is not a folder to write to"),
     (["--resume", "--out", "nothing"], "nothing to resume in nothing"),
     (["--resume", "--out", "old"], "older version"),
     (["--resume", "--out", "broken"], "can't be resumed"),

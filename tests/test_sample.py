@@ -253,7 +253,7 @@ def test_a_real_process_streams_as_it_generates(endless):
     assert process.poll() is None  # still at it
     process.send_signal(2)
     _, err = process.communicate(timeout=30)
-    assert process.returncode > 0 and err.splitlines()[-1:] == [b"interrupted"]
+    assert process.returncode == 130 and err.splitlines()[-1:] == [b"interrupted"]
 
 
 def test_a_reader_who_leaves_early_is_no_error(endless):
