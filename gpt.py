@@ -971,10 +971,9 @@ def keep_freed_memory():
     """Let glibc keep the memory that PyTorch frees: getting it back from the system takes a tenth of a step."""
     with suppress(OSError, AttributeError, TypeError):  # other C libraries do without
         mallopt = ctypes.CDLL(None).mallopt
+        # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD (of which old versions take 32 MB at most), M_ARENA_MAX
         for option, value in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25), (-3, 2**30), (-8, 1)):
-            mallopt(
-                option, value
-            )  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD twice (old versions take 2**25), M_ARENA_MAX
+            mallopt(option, value)
 
 
 def check_finite(value, what, step, config):
