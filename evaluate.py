@@ -104,7 +104,8 @@ def show_scores(rows):
         text = f"{' '.join(row['data'])}{', its validation split' if row['split'] == 'val' else ''}"
         print(f"{row['model']}: {text}; windows of {row['context']:,} tokens, {row['stride']:,} apart")
     print(
-        "loss: nats per token, over all tokens but the first. Between different vocabularies, only bits per byte compare."
+        "loss: nats per token, over all tokens but the first. "
+        "Between different vocabularies, only bits per byte compare."
     )
 
 

@@ -9,12 +9,6 @@ import quantize
 from gpt import load_checkpoint, require, resolve_dtype
 
 
-def short_name(folder):
-    """The shortest --model for a checkpoint: its name alone if it is in checkpoints/."""
-    name = Path(folder).name
-    return name if Path(folder) == Path("checkpoints", name) else folder
-
-
 def open_model(name, device="cpu", dtype="float32", adapter=None):
     """A folder, or a name under checkpoints/ -> GPT on the device, Tokenizer; dtype is that of --dtype, or int8."""
     for folder in (Path(name), Path("checkpoints", name)):
