@@ -128,7 +128,8 @@ def read_jsonl(path):
 def documents(paths, tokenizer, block_size, val_bytes):
     """.jsonl files -> training and validation Documents; the last tenth, at most val_bytes, is for validation."""
     pairs = [pair for path in paths for pair in read_jsonl(path)]
-    require(len(pairs) >= 2, f"{' '.join(map(str, paths))} has too few examples ({len(pairs)}) to hold one out for validation")
+    too_few = f"{' '.join(map(str, paths))} has too few examples ({len(pairs)}) to hold one out for validation"
+    require(len(pairs) >= 2, too_few)
     sizes = [len(completion.encode()) for _, completion in pairs]
     cut = len(pairs) - 1
     held_out = sizes[cut]

@@ -71,7 +71,7 @@ def check_fields(config):
             valid = limits["low"] <= value <= limits["high"]
             require(valid, f"{name} is {value}, expected {limits['low']} to {limits['high']}")
         else:
-            require(value not in ("", []), f"{name} is empty")
+            require(value not in ("", [], [""]), f"{name} is empty")
 
 
 def from_flags(config_class, flags):
@@ -1162,7 +1162,7 @@ def main(argv=None):
         run = load_run(given["out"])
         flags = run[0]["config"] | given
         require("method" not in flags, f"{flags['out']} is a run of finetune.py: resume it with that")
-        fixed = {"tokenizer", *(field.name for field in dataclasses.fields(GPTConfig))} & given.keys()
+        fixed = {"tokenizer", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))} & given.keys()
         require(not fixed, f"--resume can't change {', '.join(sorted(fixed))}: start a new run with another --out")
     shape, config = from_flags(GPTConfig, flags), from_flags(TrainConfig, flags)
     if not resume:

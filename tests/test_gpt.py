@@ -1167,6 +1167,7 @@ BAD = [
     (["stray"], "unrecognized arguments: stray"),
     (["--max_steps"], "expected one argument"),
     (["--out", ""], "out is empty"),
+    (["--data", ""], "data is empty"),
     (["--out", "taken"], "already holds a checkpoint: add --overwrite"),
     (["--out", "file/sub"], "is not a folder to write to"),
     (["--resume", "--out", "nothing"], "nothing to resume in nothing"),
@@ -1199,7 +1200,7 @@ def test_bad_input_is_one_line_and_status_2(flags, message, prose, capsys):
 def test_a_resumed_run_keeps_its_shape_and_its_text(prose, capsys):
     run_training("--data", prose, "--out", "here")
     capsys.readouterr()
-    for flags, message in ((["--n_layer", "3"], "n_layer"), (["--preset", "tiny"], "--preset")):
+    for flags, message in ((["--n_layer", "3"], "n_layer"), (["--optimizer", "adamw"], "optimizer"), (["--preset", "tiny"], "--preset")):
         with pytest.raises(SystemExit):
             gpt.main(["--resume", "--out", "here", *flags])
         assert message in capsys.readouterr().err
