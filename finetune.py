@@ -78,7 +78,7 @@ class FinetuneConfig(gpt.TrainConfig):
 
 
 METHOD_OF = {"blocks": "last"} | dict.fromkeys(("rank", "alpha", "lora_dropout", "targets", "save_adapter"), "lora")
-FIXED = {"model", "method", "block_size", "dropout", *METHOD_OF}  # --resume can't change these
+FIXED = {"model", "method", "optimizer", "block_size", "dropout", *METHOD_OF}  # --resume can't change these
 
 
 # ---- Documents: examples that are trained on separately ----
