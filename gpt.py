@@ -838,6 +838,7 @@ def load_checkpoint(name, device="cpu"):
         with torch.device("meta"):  # shapes without memory
             model = GPT(GPTConfig(**config["model"]))
         require(tokenizer.vocab_size <= model.config.vocab_size, "the tokenizer is larger than the model's vocabulary")
+        require((folder / MODEL).is_file(), f"{MODEL} is missing, or not a file")
         with safe_open(folder / MODEL, "pt") as file:
             weights = {key: nn.Parameter(file.get_tensor(key).float()) for key in file.keys()}  # noqa: SIM118
         for key, weight in weights.items():
