@@ -1,4 +1,5 @@
 import functools
+import os
 import shlex
 
 import pytest
@@ -11,28 +12,41 @@ from gpt import GPT, GPTConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands on a line of their own, in the first column of a table, and within a sentence.
-COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )\w+\.py[^`\n]*)", README, regex.MULTILINE)
-COMMANDS += regex.findall(r"`(python \w+\.py[^`\n]*)`", README)
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m \w+\.\w+)[^`\n]*)", README, regex.MULTILINE)
+COMMANDS += regex.findall(r"`(python (?:\w+\.py|-m \w+\.\w+)[^`\n]*)`", README)
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
+    if "__main__" in path.read_text(encoding="utf-8")
+)
+
+
+def parse(command):
+    """A command -> the file that it runs, and what comes after it."""
+    words = shlex.split(command, comments=True)
+    if "-m" in words:
+        i = words.index("-m") + 1
+        return words[i].replace(".", "/") + ".py", words[i + 1 :]
+    i = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[i], words[i + 1 :]
 
 
 @functools.cache
 def help_of(name):
-    done = script(name, "--help")
+    done = script(name, "--help", env=os.environ | {"PYTHONPATH": str(ROOT)})  # as python -m does
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_readme_shows_every_script():
     assert len(COMMANDS) > 30
-    assert {name for name in SCRIPTS if any(name in command for command in COMMANDS)} == set(SCRIPTS)
+    assert {parse(command)[0] for command in COMMANDS} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_commands_use_flags_that_exist(line):
-    words = shlex.split(line, comments=True)
-    name = next(word for word in words if word.endswith(".py"))
-    flags = {word for word in words[words.index(name) + 1 :] if word.startswith("--")}
+    name, words = parse(line)
+    flags = {word for word in words if word.startswith("--")}
     assert flags <= set(regex.findall(r"(?<=^\s*|[\s,])--\w+", help_of(name)))
 
 
@@ -46,11 +60,10 @@ def test_the_tests_that_are_named_exist(line):
 
 
 def test_commands_that_train_have_values_that_fit():
-    lines = [line for line in COMMANDS if "--help" not in line and "gpt.py" in shlex.split(line)[: 3 if line.startswith("torchrun") else 2]]
+    commands = [parse(line) for line in COMMANDS]
+    lines = [flags for name, flags in commands if name == "gpt.py" and "--help" not in flags]
     assert len(lines) > 12
-    for line in lines:
-        flags = shlex.split(line, comments=True)
-        flags = flags[flags.index("gpt.py") + 1 :]
+    for flags in lines:
         parser = gpt.Parser()
         for name in ("--preset", "--resume", "--overwrite"):
             parser.add_argument(name, **({} if name == "--preset" else {"action": "store_true"}))
