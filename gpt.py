@@ -1154,9 +1154,9 @@ def main(argv=None):
     add_flags(parser, GPTConfig, TrainConfig)
     given = vars(parser.parse_args(argv))
     preset, resume, overwrite = given.pop("preset"), given.pop("resume"), given.pop("overwrite")
-    if "out" not in given and "data" in given and preset is None and not resume:
-        given["out"] = f"checkpoints/{Path(given['data'][0]).stem}"
     flags, run = PRESETS[preset or "tiny"] | given, None
+    if "data" in flags and not resume:
+        flags.setdefault("out", f"checkpoints/{Path(flags['data'][0]).stem}")
     if resume:
         require(not (preset or overwrite), "--resume goes with neither --preset nor --overwrite")
         given.setdefault("out", TrainConfig().out)

@@ -1017,6 +1017,21 @@ def test_flags_that_are_given_beat_the_preset(prose, capsys):
     assert described["training"]["optimizer"] == "adamw" and described["training"]["max_steps"] == 12
 
 
+@pytest.mark.parametrize(("flags", "out"), [(["--data", "my.txt"], "my"), (["--preset", "shakespeare-10min"], "shakespeare"), ([], "scratch")])
+def test_the_folder_is_named_after_the_text(prose, monkeypatch, flags, out):
+    class Enough(Exception):
+        pass
+
+    def stop(model, tokenizer, train_data, val_data, config, *_, **__):
+        raise Enough(config.out)
+
+    prose.rename("my.txt")
+    monkeypatch.setattr(gpt, "train", stop)
+    monkeypatch.setattr(gpt, "load_texts", lambda names: [PROSE])
+    with pytest.raises(Enough, match=f"^checkpoints/{out}$"):
+        gpt.main([*TINY, *flags])
+
+
 @pytest.mark.parametrize(
     ("steps", "given", "expected"), [(600, [], 0.15), (12, [], 0.0), (600, ["--dropout", "0"], 0.0), (12, ["--preset", "gpt2"], 0.1)]
 )
