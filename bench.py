@@ -232,7 +232,7 @@ def main(argv=None):
         if args.json:
             return print(json.dumps(found | {"validation": share}))
         scaling.show_shares(found)
-        return print(f"validation, with its samples, pictures and checkpoints: {share:.1%} of a run of the preset tiny")
+        return print(f"validation, with its samples and checkpoints: {share:.1%} of a run of the preset tiny")
     unknown = [name for name in names if name not in PARTS]
     require(not unknown, f"there is no part {' '.join(unknown)}: choose among {', '.join(PARTS)}")
     if args.only:
