@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -315,7 +316,8 @@ def main(argv=None):
         return lora.merged(model)
 
     fingerprints = {"text": fingerprint(train_data, val_data)}
-    fingerprints["base"] = hashlib.sha256((base / gpt.MODEL).read_bytes()).hexdigest()
+    weights = np.memmap(base / gpt.MODEL, mode="r")  # hashed without reading all of it into memory
+    fingerprints["base"] = hashlib.sha256(weights).hexdigest()
     rows = gpt.train(model, tokenizer, train_data, val_data, config, run, export_weights, **fingerprints)
     if gpt.RANK == 0:
         report(rows, config, tokenizer, device, dtype, old, before)

@@ -472,10 +472,11 @@ def attention(q, k, v, dropout=None, fused=None):
     if fused is None:  # on a CPU its dropout is slow, and so is its backward pass in bfloat16 at short contexts
         fast = p == 0 and (T >= 1024 or q.dtype == torch.float32 or not q.requires_grad)
         fused = fast or q.device.type != "cpu"
+    if fused and T in (1, S):  # its own causal mask is the right one only if T = S; a single query needs none
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T == S)
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query t sees keys 0 ... S - T + t
     if fused:
-        mask = None if T in (1, S) else ~future  # is_causal means this mask only if T = S
-        return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=T == S)
+        return F.scaled_dot_product_attention(q, k, v, ~future, p)
     scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
     scores = scores.masked_fill(future, -math.inf)
     weights = scores.softmax(dim=-1)  # each row sums to 1
@@ -656,7 +657,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     temperature divides the logits: below 1 likely tokens gain. top_k keeps the k most probable tokens; top_p, of these,
     the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2020).
     """
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).float()  # at most 0, so that dividing can't overflow
+    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # at most 0, so that dividing can't overflow
     if top_k is not None:
         top = logits.topk(min(top_k, logits.shape[-1]))
         logits = torch.full_like(logits, -math.inf).scatter(-1, top.indices, top.values)
@@ -1037,11 +1038,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                 row |= {"val_bits_per_byte": figures["bits_per_byte"], "grad_norm": run["grad_norm"]}
                 run["rows"].append(row)
                 run["losses"] = []
+                spent = tqdm.format_interval(run["seconds"])
                 left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / max(1, step))
                 losses = f"training loss {train_loss:.4f}, validation loss {figures['loss']:.4f}"
-                log(
-                    f"step {step:,} of {config.max_steps:,}, {tqdm.format_interval(run['seconds'])} so far, {left} left"
-                )
+                log(f"step {step:,} of {config.max_steps:,}, {spent} so far, {left} left")
                 log(f"    {losses}, {figures['bits_per_byte']:.4f} bits per byte; a sample:")
                 generator = torch.Generator(device).manual_seed(config.seed + step)
                 idx = torch.full((1, 1), tokenizer.eot, device=device)
@@ -1087,7 +1087,8 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
 
         model.eval()
         if RANK == 0 and run["rows"]:
-            save_run(run, model, optimizers, folder)
+            if stop:  # otherwise the last validation has saved all
+                save_run(run, model, optimizers, folder)
             plot(run["rows"], folder / "loss.png")
     if stop:
         log(f"stopped at step {step:,}; go on with --resume --out {folder}" if run["rows"] else "nothing was saved")
@@ -1196,9 +1197,8 @@ def main(argv=None):
     )
     log(f"{len(train_ids):,} tokens, {epochs:.1f} epochs, dropout {shape.dropout}; {len(val_ids):,} for validation")
     log(f"a healthy first loss is ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token")
-    text = hashlib.sha256()
-    for ids in (train_ids, val_ids):
-        text.update(np.ascontiguousarray(ids))
+    text = hashlib.sha256(train_ids)
+    text.update(val_ids)
     rows = train(model, tokenizer, train_data, val_data, config, run, text=text.hexdigest())
     best = min(rows, key=lambda row: row["val_loss"])
     if RANK == 0:
