@@ -473,7 +473,7 @@ def attention(q, k, v, dropout=None, fused=None):
         fast = p == 0 and (T >= 1024 or q.dtype == torch.float32 or not q.requires_grad)
         fused = fast or q.device.type != "cpu"
     if fused and T in (1, S):  # its own causal mask is the right one only if T = S; a single query needs none
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T == S)
+        return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T == S)
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query t sees keys 0 ... S - T + t
     if fused:
         return F.scaled_dot_product_attention(q, k, v, ~future, p)
