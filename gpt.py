@@ -6,13 +6,12 @@ embeddings, attention and feed-forward layers to a loss, and the loss trains the
     python gpt.py --resume --out checkpoints/my --max_steps 2000
     torchrun --nproc_per_node=2 gpt.py --data my.txt --overwrite
 
-The model is GPT-2 (Radford et al. 2019): decoder-only, autoregressive, pre-LayerNorm. Shapes stand beside operations:
+The model is GPT-2 (Radford et al. 2019): decoder-only, autoregressive, pre-LayerNorm. Comments give the shapes:
 B batch, T time (tokens), S time with cached tokens, C channels, H heads, D = C / H, V vocabulary.
 """
 
 import argparse
 import base64
-import copy
 import ctypes
 import dataclasses
 import difflib
@@ -30,7 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +43,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes; this is number RANK
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
 
 class InputError(ValueError):
     """Something the user gave can't be used; the message says what is wrong and what to do."""
@@ -54,24 +56,30 @@ def require(condition, message):
         raise InputError(message)
 
 
+def log(text):
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
 # ---- Configuration: every field is also a command-line flag ----
 def flag(default, help, low=0, high=2**40, choices=None, shown=None):
-    """A field with its help and limits; `shown` puts a default into words."""
+    """A field with its help and limits; `shown` puts the default into words."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "shown": shown}
-    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_fields(config):
     """Raise InputError for a value outside its limits."""
     for field in dataclasses.fields(config):
-        name, value, limits = field.name, getattr(config, field.name), field.metadata
-        if limits["choices"]:
-            require(value in limits["choices"], f"{name} is {value!r}, expected one of {', '.join(limits['choices'])}")
+        name, value, rule = field.name, getattr(config, field.name), field.metadata
+        if rule["choices"]:
+            require(value in rule["choices"], f"{name} is {value!r}, expected one of {', '.join(rule['choices'])}")
         elif field.type in (int, float):
-            valid = limits["low"] <= value <= limits["high"]
-            require(valid, f"{name} is {value}, expected {limits['low']} to {limits['high']}")
+            require(
+                rule["low"] <= value <= rule["high"], f"{name} is {value}, expected {rule['low']} to {rule['high']}"
+            )
         else:
-            require(value not in ("", [], [""]), f"{name} is empty")
+            require(value not in ("", (), [], [""]), f"{name} is empty")
 
 
 def from_flags(config_class, flags):
@@ -104,7 +112,7 @@ class GPTConfig:
 class TrainConfig:
     """What the model learns from, and how; the defaults are the preset `tiny`."""
 
-    data: list = flag(["pydoc"], "text files, folders of *.txt, pydoc, shakespeare, or a folder from extras.prepare")
+    data: tuple = flag(("pydoc",), "text files, folders of *.txt, pydoc, shakespeare, or a folder from extras.prepare")
     tokenizer: str = flag("bpe", "bpe is learned from the text", choices=("bpe", "bytes", "gpt2"))
     out: str = flag("checkpoints/scratch", "folder for the checkpoint", shown="checkpoints/scratch, or /my for my.txt")
     max_steps: int = flag(800, "optimizer steps", 1)
@@ -144,7 +152,6 @@ PRESETS = {  # defaults for flags; explicit flags win
 }
 
 # ---- Text -> tokens: strings of bytes, each with an id ----
-
 EOT = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
 
@@ -163,10 +170,10 @@ def merge(ids, pair, new):
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016): texts -> {bytes of a token: its id}.
 
-    Starts from the 256 bytes and keeps merging the most frequent pair, within words. Counting all pairs anew for each
-    merge would be slow: a merge visits only the words that contain its pair.
+    Starts from the 256 bytes and keeps merging the most frequent pair, within words. Only the words that contain the
+    pair are counted anew.
     """
-    counts = Counter(chain.from_iterable(regex.findall(SPLIT, text) for text in texts))
+    counts = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words = [[list(word.encode()), count] for word, count in counts.items()]  # "low" -> [108, 111, 119]
     pairs = Counter()  # pair -> how often it occurs
     containing = defaultdict(set)  # pair -> the words it occurs in
@@ -176,17 +183,18 @@ def train_bpe(texts, vocab_size):
             containing[pair].add(i)
     tokens = [bytes([byte]) for byte in range(256)]  # id -> bytes
     ranks = {token: i for i, token in enumerate(tokens)}
-    queue = [(-count, pair) for pair, count in pairs.items()]
+    queue = [(-count, pair) for pair, count in pairs.items()]  # the most frequent first; of equals, the smaller ids
     heapq.heapify(queue)
-    while queue and len(ranks) < vocab_size:
-        count, pair = heapq.heappop(queue)  # the most frequent one; of equals, the one with smaller ids
+    while queue and queue[0][0] < 0 and len(ranks) < vocab_size:
+        count, pair = heapq.heappop(queue)
         if pairs[pair] != -count:  # other merges have used some of it up: back into the queue
-            if pairs[pair]:
-                heapq.heappush(queue, (-pairs[pair], pair))
+            heapq.heappush(queue, (-pairs[pair], pair))
             continue
         token = tokens[pair[0]] + tokens[pair[1]]
-        new = ranks.setdefault(token, len(ranks))  # a + aa and aa + a spell the same token
-        tokens[new:] = [token]
+        if token not in ranks:  # a + aa and aa + a spell the same
+            ranks[token] = len(tokens)
+            tokens.append(token)
+        new = ranks[token]
         created = set()
         for i in containing.pop(pair):
             ids, count = words[i]
@@ -204,7 +212,7 @@ def train_bpe(texts, vocab_size):
 
 
 class Tokenizer:
-    """A vocabulary on tiktoken's encoder. `eot` is the id of the end-of-text token: no text encodes to it."""
+    """A vocabulary on tiktoken's encoder. No text encodes to `eot`, the id of the end-of-text token."""
 
     def __init__(self, ranks, kind, eot=None):
         self.ranks = ranks  # {bytes of a token: its id}
@@ -212,6 +220,10 @@ class Tokenizer:
         self.vocab_size = len(ranks) + 1
         self.eot = len(ranks) if eot is None else eot
         self.encoding = tiktoken.Encoding(kind, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32  # of stored ids
+        self.token_bytes = [b""] * self.vocab_size  # id -> bytes; the end of text has none
+        for token, i in ranks.items():
+            self.token_bytes[i] = token
 
     @classmethod
     def bytes(cls):
@@ -239,12 +251,6 @@ class Tokenizer:
         """ids -> text; bytes that form no character become U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
 
-    @functools.cached_property
-    def token_bytes(self):
-        """The bytes of each id; the end of text has none."""
-        spelling = {i: token for token, i in self.ranks.items()}
-        return [spelling.get(i, b"") for i in range(self.vocab_size)]
-
     def dumps(self):
         """The vocabulary in tiktoken's file format, a token a line: its bytes in base64, and its id."""
         return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
@@ -254,15 +260,13 @@ class Tokenizer:
         """The inverse of dumps. Raises ValueError unless the ids are 0, 1, 2, ..., with eot among them."""
         pairs = [line.split() for line in text.splitlines()]
         ranks = {base64.b64decode(token): int(i) for token, i in pairs}
-        ids = sorted([*ranks.values(), len(ranks) if eot is None else eot])
-        require(
-            ids == list(range(max(257, len(pairs) + 1))), "the ids of the tokenizer are not 0, 1, 2, ..., each once"
-        )
+        ids = {*ranks.values(), len(ranks) if eot is None else eot}
+        whole = len(pairs) >= 256 and ids == set(range(len(pairs) + 1))
+        require(whole, "the ids of the tokenizer are not 0, 1, 2, ..., each once")
         return cls(ranks, kind, eot)
 
 
 # ---- Files -> texts -> one long array of ids ----
-
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PIECE = r"(?s).{1000000}.*?\S(?=[ \n])|.+"  # cut before the space or line feed after a word, the tokens stay the same
@@ -298,7 +302,7 @@ def read_text(path):
 
 
 def shakespeare():
-    """Tiny Shakespeare, downloaded once and checked -> its file."""
+    """Tiny Shakespeare (Karpathy 2015), downloaded once and checked -> its file."""
     import requests
 
     path = Path(".cache", "shakespeare.txt")
@@ -361,13 +365,12 @@ def split_texts(texts, val_bytes):
 
 
 def tokenize(texts, tokenizer):
-    """Texts -> one array of ids, with the end of text before each; two bytes an id if the vocabulary allows."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    """Texts -> one array of ids, with the end of text before each."""
     arrays = []
     for text in texts:
-        arrays.append(np.array([tokenizer.eot], dtype))
+        arrays.append(np.array([tokenizer.eot], tokenizer.dtype))
         for piece in tqdm(re.findall(PIECE, text), "tokenizing", unit=" MB", delay=2, disable=None, leave=False):
-            arrays.append(np.array(tokenizer.encode(piece), dtype))
+            arrays.append(np.array(tokenizer.encode(piece), tokenizer.dtype))
     return np.concatenate(arrays)
 
 
@@ -377,9 +380,8 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
     if (folder / "train.bin").exists():  # made by extras.prepare: the ids stay on disk
         prepared = Tokenizer.loads(read_text(folder / "tokenizer.tiktoken"), "bpe")
         same = isinstance(tokenizer, str) or tokenizer.ranks == prepared.ranks
-        require(same, f"{folder} was prepared with another vocabulary than the model's")
-        dtype = np.uint16 if prepared.vocab_size <= 2**16 else np.uint32
-        return prepared, np.memmap(folder / "train.bin", dtype, "r"), np.memmap(folder / "val.bin", dtype, "r")
+        require(same and len(names) == 1, f"{folder} stands alone, with a vocabulary of its own: give no other")
+        return prepared, *(np.memmap(folder / name, prepared.dtype, "r") for name in ("train.bin", "val.bin"))
     data = [None]
     if RANK == 0:  # the first process reads and tokenizes for all
         texts = load_texts(names)
@@ -389,8 +391,8 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
         train, val = split_texts(texts, val_bytes)
         require(train and val, f"{' '.join(names)} is too little text to split in two")
         if tokenizer == "bpe":  # merges are learned from at most 16 MB, spread evenly over the text
-            sample = list(chain.from_iterable(re.findall(PIECE, text) for text in train))
-            tokenizer = Tokenizer.bpe(sample[:: 1 + size // 2**24], vocab_size)
+            pieces = [piece for text in train for piece in re.findall(PIECE, text)]
+            tokenizer = Tokenizer.bpe(pieces[:: 1 + size // 2**24], vocab_size)
         elif isinstance(tokenizer, str):
             tokenizer = getattr(Tokenizer, tokenizer)()
         data = [(tokenizer, tokenize(train, tokenizer), tokenize(val, tokenizer))]
@@ -400,7 +402,7 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
 
 
 class TokenDataset:
-    """Windows of block_size tokens, `stride` apart; the target of each token is the next one.
+    """Windows of block_size tokens, `stride` apart; targets are the inputs shifted by one.
 
     With stride = block_size, every token but the first is a target exactly once. Where the last window lacks tokens,
     its targets are -1, which the loss ignores.
@@ -442,7 +444,7 @@ def windows_of_step(n, step, config):
 class Dropout(nn.Module):
     """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014).
 
-    On a CPU, PyTorch draws a random float for each, on one thread. Sixteen random bits do, and are faster.
+    On a CPU, F.dropout draws a random float for each of them, on one thread. Sixteen random bits are faster.
     """
 
     def __init__(self, p):
@@ -462,24 +464,21 @@ class Dropout(nn.Module):
 
 
 def attention(q, k, v, dropout=None, fused=None):
-    """Scaled dot-product attention: softmax(q kᵀ / √D + mask) v (Vaswani et al. 2017, 3.2.1).
+    """Scaled dot-product attention: softmax(q kᵀ / √D + causal mask) v (Vaswani et al. 2017, 3.2.1).
 
-    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The queries are the last T of the S positions, and the causal
-    mask hides what comes after each. `fused` chooses PyTorch's kernel, by default where it is faster.
+    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D); the queries are the last T of the S positions. `fused` chooses
+    PyTorch's kernel, by default where it is faster.
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     p = dropout.p if dropout and dropout.training else 0.0
     if fused is None:  # on a CPU its dropout is slow, and so is its backward pass in bfloat16 at short contexts
         fast = p == 0 and (T >= 1024 or q.dtype == torch.float32 or not q.requires_grad)
         fused = fast or q.device.type != "cpu"
-    if fused and T in (1, S):  # its own causal mask is the right one only if T = S; a single query needs none
+    if fused and T in (1, S):  # a single query may see everything and needs no mask
         return F.scaled_dot_product_attention(q, k, v, None, p, is_causal=T == S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query t sees keys 0 ... S - T + t
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, ~future, p)
     scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
-    scores = scores.masked_fill(future, -math.inf)
-    weights = scores.softmax(dim=-1)  # each row sums to 1
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # query t sees keys 0 ... S - T + t
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
     if p > 0:
         weights = dropout(weights)
     return weights @ v  # (B, H, T, D)
@@ -576,7 +575,7 @@ class GPT(nn.Module):
             self.apply(self.init_weights)
 
     def init_weights(self, module):
-        """N(0, 0.02), biases 0, LayerNorm's gains 1; the residual stream adds up 2 n_layer projections (GPT-2, 2.3)."""
+        """N(0, 0.02), biases 0; smaller where 2 n_layer projections add up in the residual stream (GPT-2, 2.3)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -586,11 +585,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx, caches=None):
         """idx (B, T) -> the final hidden states (B, T, C). With caches, idx follows the tokens in them."""
-        T = idx.shape[1]
         past = caches[0].length if caches else 0
-        limit = self.config.block_size
-        require(past + T <= limit, f"{past + T} tokens do not fit into the context of {limit}: pass the last {limit}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
+        end, limit = past + idx.shape[1], self.config.block_size
+        require(end <= limit, f"{end} tokens do not fit into the context of {limit}: pass the last {limit}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past:end]  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
@@ -614,10 +612,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None):
-        """Yield the tokens that follow idx (B, T), one (B, 1) at a time; of idx, the last block_size count.
+        """Yield the tokens that follow idx (B, T), one (B, 1) at a time, in the model's mode: call eval() first.
 
-        When the context is full, generation goes on from its last half. A row that has reached `eot` is filled up with
-        it; once all rows have, generation ends. Call model.eval() first, or dropout takes part.
+        When the context is full, its last half is kept. A row that has reached `eot` repeats it, until all have.
         """
         require(idx.shape[1] > 0, "there is nothing to continue: begin with the end-of-text token")
         check_sampling(temperature, top_k, top_p)
@@ -664,9 +661,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         ranked, order = probs.sort(descending=True)
-        before = ranked.cumsum(dim=-1) - ranked  # what all more probable tokens add up to
-        outside = before >= top_p  # the token that crosses p is in,
-        outside[:, 0] = False  # and so is the first, always
+        outside = ranked.cumsum(dim=-1) - ranked >= top_p  # all more probable tokens reach p without this one
+        outside[:, 0] = False  # the first stays, always
         probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0))
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
@@ -681,17 +677,7 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, generator
     return (probs / noise).argmax(dim=-1, keepdim=True)  # what torch.multinomial does, without checks that wait
 
 
-# ---- Device, data type, and the processes that torchrun starts ----
-
-RANK = int(os.environ.get("RANK", "0"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def log(text):
-    if RANK == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
+# ---- Device, optimizer and schedule ----
 def resolve_device(name):
     """auto, cpu, cuda, cuda:1 or mps -> torch.device, one of its own for each process. Raises InputError."""
     if name == "auto":
@@ -713,7 +699,6 @@ def resolve_dtype(name, device):
     return getattr(torch, auto if name == "auto" else name)
 
 
-# ---- Optimizer and schedule ----
 def orthogonalize(x):
     """Bring the singular values of matrices x (N, rows, columns), rows <= columns, close to 1 (Newton-Schulz)."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -777,7 +762,6 @@ def learning_rate(step, config):
 
 
 # ---- A checkpoint is a folder; no file in it is code, and a crash leaves each whole ----
-
 CONFIG, VOCABULARY = "config.json", "tokenizer.tiktoken"
 MODEL, STATE = "model.safetensors", "training_state.safetensors"
 
@@ -793,13 +777,12 @@ def refuse_existing(folder, overwrite=False):
 def save_tensors(path, tensors, metadata):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} holds numbers that are not finite: it was not saved; use a smaller --lr")
+        require(tensor.isfinite().all(), f"{name} holds numbers that are not finite: use a smaller --lr")
     save_file(tensors, path, {"format": "pt", "metadata": json.dumps(metadata)})
 
 
 def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, keep_state=False, **metadata):
-    """Write model.safetensors, tokenizer.tiktoken and config.json, the last with the metadata (step=..., ...).
+    """Write model.safetensors, tokenizer.tiktoken and config.json, with the metadata (step=..., ...).
 
     weights, {name: tensor}, replace the model's own. Raises InputError if there is a checkpoint already.
     """
@@ -824,9 +807,9 @@ def describe_checkpoint(folder, model, tokenizer, metadata):
 def find_checkpoint(name):
     """A folder, or a name under checkpoints/ -> the folder. Raises InputError, which lists what is there."""
     for folder in (Path(name), Path("checkpoints", name)):
-        if (folder / CONFIG).exists():
+        if (folder / VOCABULARY).exists():
             return folder
-    there = ", ".join(path.parent.name for path in sorted(Path("checkpoints").glob(f"*/{CONFIG}")))
+    there = ", ".join(path.parent.name for path in sorted(Path("checkpoints").glob(f"*/{VOCABULARY}")))
     raise InputError(f"there is no checkpoint {name}, in checkpoints/ there is {there or 'none: run python gpt.py'}")
 
 
@@ -868,8 +851,7 @@ def save_run(run, model, optimizers, folder):
 def load_run(folder):
     """What save_run wrote -> run, its tensors, and the metadata of the best model so far. Raises InputError."""
     path = Path(folder, STATE)
-    old = ", only one of an older version" if path.with_suffix(".pt").exists() else ""
-    require(path.exists(), f"there is nothing to resume in {folder}: it has no {STATE}{old}")
+    require(path.exists(), f"there is nothing to resume in {folder}: it has no {STATE} (older versions' are not read)")
     try:
         with safe_open(path, "pt") as state, safe_open(Path(folder, MODEL), "pt") as model:
             tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118
@@ -893,14 +875,13 @@ def plot(rows, path):
     """Draw the training curve."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     for key, label in (("train_loss", "training"), ("val_loss", "validation")):
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", markersize=3, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token", ylim=(0, None))
     axes.legend()
     with replacing(path) as part:
-        figure.savefig(part, dpi=120)
+        axes.figure.savefig(part, dpi=120)
 
 
 # ---- Training: predict the next token, measure the loss, follow the gradient downhill ----
@@ -938,8 +919,7 @@ def forward_backward(model, data, step, config, dtype):
     n_targets = sum((y != -1).sum().item() for x, y in batches)
     total = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
-        x = x[RANK::WORLD_SIZE].to(device)
-        y = y[RANK::WORLD_SIZE].to(device)
+        x, y = (tensor[RANK::WORLD_SIZE].to(device) for tensor in (x, y))  # the windows of this process
         model.require_backward_grad_sync = i == len(batches) - 1  # DDP exchanges gradients once, after the last batch
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             _, loss = model(x, y)
@@ -978,25 +958,24 @@ def keep_freed_memory():
             mallopt(option, value)
 
 
-def check_finite(value, what, step, config):
-    advice = "start again with a smaller --lr, a longer --warmup_steps or --dtype float32"
-    if not math.isfinite(value):
-        where = f"at step {step} (lr {learning_rate(step, config):.2g}); {config.out} keeps the last checkpoint"
-        raise FloatingPointError(f"the {what} is {value} {where}: {advice}")
+def check_finite(value, name, step, config):
+    advice = f"{config.out} keeps the last checkpoint; use a smaller --lr, a longer --warmup_steps or --dtype float32"
+    require(
+        math.isfinite(value), f"the {name} is {value} at step {step}, lr {learning_rate(step, config):.2g}: {advice}"
+    )
 
 
 def train(model, tokenizer, train_data, val_data, config, resumed=None, export_weights=None, **fingerprints):
     """Train all parameters that require a gradient, and write the checkpoint config.out -> the rows of its log.csv.
 
-    A run `resumed` by load_run goes on bit for bit as if it had never stopped; its fingerprints, of the data and of a
-    base model, must be the same. export_weights(model) makes the weights to save, if not the model's own. Raises
-    FloatingPointError at a loss or gradient that isn't finite, SystemExit after Ctrl-C or SIGTERM.
+    A run `resumed` by load_run goes on bit for bit, if its fingerprints (of the data, of a base model) are the same.
+    export_weights(model) makes the weights to save, if not the model's own. Raises InputError at a loss or gradient
+    that isn't finite, SystemExit after Ctrl-C or SIGTERM.
     """
     folder = Path(config.out)
     device = next(model.parameters()).device
     dtype = resolve_dtype(config.dtype, device)
     optimizers = make_optimizers(model, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
     best = {"step": 0, "validation": {"loss": math.inf}}
     run = {"step": 0, "tokens": 0, "seconds": 0.0, "losses": [], "grad_norm": 0.0, "rows": []}
     run["fingerprints"] = fingerprints
@@ -1019,15 +998,13 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
     bar = tqdm(desc="training", total=config.max_steps, initial=run["step"], unit=" steps", disable=RANK > 0 or None)
     with noting_signals() as signals, bar:
         while True:
-            step = run["step"]
+            step, rows = run["step"], run["rows"]
             lr = learning_rate(step, config)
 
             # validate when it is due, and save
             finished = step >= config.max_steps
-            due = finished or step % config.eval_interval == 0
-            validated = run["rows"] and run["rows"][-1]["step"] == step
             figures = None
-            if due and not validated:
+            if (finished or step % config.eval_interval == 0) and not (rows and rows[-1]["step"] == step):
                 figures = evaluate(model, val_data, tokenizer, config.batch_size, dtype, signals)
             if figures:
                 check_finite(figures["loss"], "validation loss", step, config)
@@ -1036,7 +1013,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                 row = {"step": step, "tokens": run["tokens"], "seconds": round(run["seconds"], 2), "lr": lr}
                 row |= {"train_loss": train_loss, "val_loss": figures["loss"]}
                 row |= {"val_bits_per_byte": figures["bits_per_byte"], "grad_norm": run["grad_norm"]}
-                run["rows"].append(row)
+                rows.append(row)
                 run["losses"] = []
                 spent = tqdm.format_interval(run["seconds"])
                 left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / max(1, step))
@@ -1051,7 +1028,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                     best = {"step": step, "validation": figures, "training": dataclasses.asdict(config)}
                     weights = export_weights and export_weights(model)
                     if RANK == 0:
-                        save_checkpoint(folder, model, tokenizer, weights, True, len(run["rows"]) > 1, **best)
+                        save_checkpoint(folder, model, tokenizer, weights, True, len(rows) > 1, **best)
                 if RANK == 0:
                     save_run(run, model, optimizers, folder)
 
@@ -1059,7 +1036,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             stop = torch.tensor(max(signals, default=0), device=device)
             if WORLD_SIZE > 1:  # all processes stop at the same step
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
-            in_vain = sum(row["step"] > best["step"] for row in run["rows"])
+            in_vain = sum(row["step"] > best["step"] for row in rows)
             if stop or finished or 0 < config.patience <= in_vain:
                 break
 
@@ -1069,7 +1046,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             torch.manual_seed(int(seeds.generate_state(1)[0]))
             loss, n_targets = forward_backward(runner, train_data, step, config, dtype)
             check_finite(loss, "loss", step, config)
-            run["grad_norm"] = nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf).item()
+            run["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
             check_finite(run["grad_norm"], "norm of the gradient", step, config)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -1086,14 +1063,14 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s", refresh=False)
 
         model.eval()
-        if RANK == 0 and run["rows"]:
+        if RANK == 0 and rows:
             if stop:  # otherwise the last validation has saved all
                 save_run(run, model, optimizers, folder)
-            plot(run["rows"], folder / "loss.png")
+            plot(rows, folder / "loss.png")
     if stop:
-        log(f"stopped at step {step:,}; go on with --resume --out {folder}" if run["rows"] else "nothing was saved")
+        log(f"stopped at step {step:,}; go on with --resume --out {folder}" if rows else "nothing was saved")
         raise SystemExit(128 + int(stop))
-    return run["rows"]
+    return rows
 
 
 # ---- The command line ----
@@ -1108,15 +1085,13 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser, *configs):
     """A flag for every field; what wasn't given is absent from the result of parse_args."""
-    for field in chain.from_iterable(dataclasses.fields(config) for config in configs):
-        rule = field.metadata
-        options = {"type": field.type, "choices": rule["choices"], "default": argparse.SUPPRESS}
-        if field.type is list:
-            options |= {"type": str, "nargs": "+"}
-        if field.type is bool:
-            options = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-        default = rule["shown"] or field.default_factory()
-        parser.add_argument(f"--{field.name}", help=f"{rule['help']} (default: {default})", **options)
+    for config in configs:
+        for field in dataclasses.fields(config):
+            rule = field.metadata
+            kinds = {tuple: {"nargs": "+"}, bool: {"action": argparse.BooleanOptionalAction}}
+            kind = kinds.get(field.type, {"type": field.type, "choices": rule["choices"]})
+            help = f"{rule['help']} (default: {rule['shown'] or field.default})"
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **kind)
 
 
 def command(main):
@@ -1134,14 +1109,15 @@ def command(main):
         except BrokenPipeError:  # the reader of stdout has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except (InputError, FloatingPointError, MemoryError, RuntimeError) as error:
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-                error = InputError("out of memory: choose a smaller model, context or batch")
-            if isinstance(error, RuntimeError):
+        except (InputError, MemoryError, RuntimeError) as error:
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+            if not full and isinstance(error, RuntimeError):
                 raise
-            line = " ".join(str(error).split()).encode(errors="replace").decode()
-            print("error:", line, file=sys.stderr)
-            sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+            message = (
+                "out of memory: choose a smaller model, context or batch" if full else " ".join(str(error).split())
+            )
+            print("error:", message, file=sys.stderr)
+            sys.exit(2)
 
     return run
 
@@ -1155,27 +1131,27 @@ def main(argv=None):
     add_flags(parser, GPTConfig, TrainConfig)
     given = vars(parser.parse_args(argv))
     preset, resume, overwrite = given.pop("preset"), given.pop("resume"), given.pop("overwrite")
-    flags, run = PRESETS[preset or "tiny"] | given, None
-    if "data" in flags and not resume:
-        flags.setdefault("out", f"checkpoints/{Path(flags['data'][0]).stem}")
     if resume:
         require(not (preset or overwrite), "--resume goes with neither --preset nor --overwrite")
-        given.setdefault("out", TrainConfig().out)
-        run = load_run(given["out"])
-        flags = run[0]["config"] | given
+        resumed = load_run(given.setdefault("out", TrainConfig.out))
+        flags = resumed[0]["config"] | given
         require("method" not in flags, f"{flags['out']} is a run of finetune.py: resume it with that")
         fixed = {"tokenizer", "optimizer", *(field.name for field in dataclasses.fields(GPTConfig))} & given.keys()
         require(not fixed, f"--resume can't change {', '.join(sorted(fixed))}: start a new run with another --out")
+        vocabulary = Tokenizer.loads(*resumed[0]["tokenizer"])
+    else:
+        resumed, flags = None, PRESETS[preset or "tiny"] | given
+        if "data" in flags:
+            flags.setdefault("out", f"checkpoints/{Path(flags['data'][0]).stem}")
+        vocabulary = flags.get("tokenizer", "bpe")
     shape, config = from_flags(GPTConfig, flags), from_flags(TrainConfig, flags)
-    if not resume:
-        refuse_existing(config.out, overwrite)
+    refuse_existing(config.out, overwrite or resume)
     if WORLD_SIZE > 1:
         dist.init_process_group()
     device = resolve_device(config.device)
     compiler = device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     require(compiler or not config.compile, "--compile needs a C++ compiler: install g++, or leave it out")
     log(f"reading and tokenizing {' '.join(config.data)}")
-    vocabulary = Tokenizer.loads(*run[0]["tokenizer"]) if resume else config.tokenizer
     tokenizer, train_ids, val_ids = load_data(config.data, vocabulary, shape.vocab_size, config.val_bytes)
     fits = tokenizer.kind == "bpe" or given.get("vocab_size") in (None, tokenizer.vocab_size)
     require(fits, f"--tokenizer {tokenizer.kind} has a vocabulary of {tokenizer.vocab_size}: leave --vocab_size out")
@@ -1189,17 +1165,14 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     model = GPT(shape).to(device)
     n_parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    log(f"{n_parameters:,} parameters on {device}, matrix products in {dtype}")
+    log(f"{len(train_ids):,} tokens, {epochs:.1f} epochs, dropout {dropout}; {len(val_ids):,} for validation")
     healthy = math.log(shape.vocab_size) + 0.0002 * shape.n_embd
-    log(
-        f"{n_parameters:,} parameters on {device}, matrix products in {resolve_dtype(config.dtype, device)}".replace(
-            "torch.", ""
-        )
-    )
-    log(f"{len(train_ids):,} tokens, {epochs:.1f} epochs, dropout {shape.dropout}; {len(val_ids):,} for validation")
     log(f"a healthy first loss is ln {shape.vocab_size} + 0.0002 x {shape.n_embd} = {healthy:.2f} nats per token")
     text = hashlib.sha256(train_ids)
     text.update(val_ids)
-    rows = train(model, tokenizer, train_data, val_data, config, run, text=text.hexdigest())
+    rows = train(model, tokenizer, train_data, val_data, config, resumed, text=text.hexdigest())
     best = min(rows, key=lambda row: row["val_loss"])
     if RANK == 0:
         print(f"best at step {best['step']:,}: {best['val_bits_per_byte']:.4f} bits per byte; saved in {config.out}")

@@ -37,13 +37,13 @@ def runs(prose):
     gpt.main([*FLAGS, "--out", "part", "--max_steps", "4", "--lr", "1e-3"])
 
 
-def failed(capsys, argv, status=2):
+def failed(capsys, argv):
     """Run gpt.py in this process -> its one error line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         gpt.main(argv)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == status and len(lines) == 1
+    assert end.value.code == 2 and len(lines) == 1
     return lines[0]
 
 
@@ -324,9 +324,9 @@ def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(
     if where == "validation":
         gpt.main([*FLAGS, "--out", "here", "--max_steps", "4"])
         monkeypatch.setattr(gpt, "evaluate", misjudged)
-        error = failed(capsys, ["--resume", "--out", "here", "--max_steps", "12"], status=1)
+        error = failed(capsys, ["--resume", "--out", "here", "--max_steps", "12"])
     else:
-        error = failed(capsys, [*FLAGS, "--out", "here"], status=1)
+        error = failed(capsys, [*FLAGS, "--out", "here"])
     what = {"loss": "loss", "weights": "loss", "gradient": "norm of the gradient", "validation": "validation loss"}[where]
     assert f"the {what} is " in error and f"at step {8 if where == 'validation' else 6}" in error and "here keeps the last checkpoint" in error
     check_files(Path("here"))  # all weights are finite
@@ -347,7 +347,7 @@ def test_weights_that_go_wrong_where_no_loss_sees_them_are_not_saved(prose, monk
 
     spoiling.calls = 0
     monkeypatch.setattr(gpt.Muon, "step", spoiling)
-    error = failed(capsys, [*FLAGS, "--out", "here"], status=1)
+    error = failed(capsys, [*FLAGS, "--out", "here"])
     assert "holds numbers that are not finite" in error
     check_files(Path("here"))
     assert gpt.load_run("here")[0]["step"] == 4

@@ -345,7 +345,7 @@ def test_a_prepared_folder_is_mapped_with_its_own_vocabulary(own_folder, learned
     prepared("corpus", learned, train=learned.encode(PROSE), val=[1, 2, 3])
     tokenizer, train, val = gpt.load_data(["corpus"], "gpt2")
     assert isinstance(train, np.memmap) and tokenizer.decode(train.tolist()) == PROSE and val.tolist() == [1, 2, 3]
-    with pytest.raises(InputError, match="another vocabulary"):
+    with pytest.raises(InputError, match="vocabulary of its own"):
         gpt.load_data(["corpus"], Tokenizer.bytes())
 
 
@@ -1094,7 +1094,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
         return math.nan if step == 6 and where == "loss" else loss, tokens
 
     monkeypatch.setattr(gpt, "forward_backward", poisoned)
-    run_training("--data", prose, "--out", "here", expect=1)
+    run_training("--data", prose, "--out", "here", expect=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the ") and "at step 6" in error and "here" in error and "--lr" in error
     assert all(w.isfinite().all() for w in parameters_of("here").values())
@@ -1186,7 +1186,7 @@ BAD = [
     (["--out", "taken"], "already holds a checkpoint: add --overwrite"),
     (["--out", "file/sub"], "is not a folder to write to"),
     (["--resume", "--out", "nothing"], "nothing to resume in nothing"),
-    (["--resume", "--out", "old"], "older version"),
+    (["--resume", "--out", "old"], "older versions"),
     (["--resume", "--out", "broken"], "can't be resumed"),
     (["--out", "/proc/here"], "/proc|No such file"),
 ]
