@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import explore
 import gpt
-import lens
 import sanity
 from gpt import InputError, TokenDataset, command, find_checkpoint, load_checkpoint, log, require
 from models import open_model
@@ -284,15 +284,15 @@ def main(argv=None):
         return None if args.json else show_scores(rows)
     model, tokenizer = open_model(args.model[0], gpt.resolve_device(args.device))
     if args.inspect is not None:
-        found, attention = lens.inspect(model, tokenizer, args.inspect)
+        found, attention = explore.inspect(model, tokenizer, args.inspect)
         if args.json:
             print(json.dumps(found | {"attention": attention[:, :, -1].tolist()}), flush=True)
         else:
-            lens.show_inspection(found, attention)
-        lens.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], Path(args.picture))
+            explore.show_inspection(found, attention)
+        explore.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], Path(args.picture))
         return log(f"attention of every head: {args.picture}")
-    rows = lens.diagnose(model, tokenizer, args.prompt, args.max_new_tokens, (0, 0.5, 0.8, 1.0, 1.5), args.seed)
-    return print("\n".join(map(json.dumps, rows))) if args.json else lens.show_diagnosis(list(rows))
+    rows = explore.diagnose(model, tokenizer, args.prompt, args.max_new_tokens, (0, 0.5, 0.8, 1.0, 1.5), args.seed)
+    return print("\n".join(map(json.dumps, rows))) if args.json else explore.show_diagnosis(list(rows))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+import explore
 import gpt
-import lens
 from gpt import InputError, TrainConfig, command, load_checkpoint, require
 
 SENTENCE = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate."
@@ -165,8 +165,8 @@ def main(argv=None):
     draw_schedule(folder / "schedule.png")
     draw_tokens(vocabularies, folder / "tokens.png")
     draw_sampling(model, tokenizer, folder / "sampling.png")
-    found, attention = lens.inspect(model, tokenizer, "ROMEO:\nMy love, I will not speak of it.")
-    lens.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], folder / "attention.png")
+    found, attention = explore.inspect(model, tokenizer, "ROMEO:\nMy love, I will not speak of it.")
+    explore.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], folder / "attention.png")
     if runs:
         draw_curves(runs, folder / "dropout.png")
     print(f"the pictures are in {folder}")

@@ -10,9 +10,9 @@ from conftest import PROSE, ROOT, TINY, enlarge, parameters_of
 from safetensors.torch import save_file
 
 import evaluate
+import explore
 import export
 import gpt
-import lens
 import sanity
 
 
@@ -367,7 +367,7 @@ def test_what_is_seen_inside_is_what_transformers_sees(mine, capsys):
     transformers = pytest.importorskip("transformers")
     export.main(["mine", "--format", "hf", "--out", "theirs"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs", attn_implementation="eager").double().eval()
-    found, attention = lens.inspect(mine, gpt.Tokenizer.bytes(), "to be or not")
+    found, attention = explore.inspect(mine, gpt.Tokenizer.bytes(), "to be or not")
     ids = list(b"to be or not")
     with torch.no_grad():
         seen = theirs(torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
@@ -420,11 +420,11 @@ def test_a_learner_sees_it_in_the_terminal_and_as_a_picture(mine, capsys):
      ([5, 1, 2, 3, 4] * 3 + [9], (15, 5)), (list(range(70)) * 2, (0, 0))],
 )  # fmt: skip
 def test_the_longest_loop_is_found(ids, loop):
-    assert lens.longest_loop(ids) == loop
+    assert explore.longest_loop(ids) == loop
 
 
 def test_figures_of_a_text():
-    row = lens.measure([1, 2, 3, 1, 2, 3, 1, 2], [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [2.0] * 8, "ab\ufffdd", 10)
+    row = explore.measure([1, 2, 3, 1, 2, 3, 1, 2], [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [2.0] * 8, "ab\ufffdd", 10)
     assert row["surprise"] == pytest.approx(2 - 12.6 / 8)
     assert row["repeated"] == pytest.approx(2 / 5) and row["distinct_1"] == 3 / 8 and row["distinct_2"] == 3 / 7 and row["distinct_3"] == 3 / 6
     assert (row["loop"], row["period"], row["broken"], row["tokens"], row["asked"]) == (8, 3, 0.25, 8, 10)
@@ -446,12 +446,12 @@ SICK = {
 def test_each_sickness_is_named(sickness):
     ids, entropies, text = SICK[sickness]
     surprises = [entropy + 1.5 * (sickness == "word salad") for entropy in entropies]
-    found = lens.verdict(lens.measure(list(ids), list(entropies), surprises, text, 100), 257)
+    found = explore.verdict(explore.measure(list(ids), list(entropies), surprises, text, 100), 257)
     assert len(found) == 1 and found[0].startswith(sickness)
 
 
 def test_a_healthy_text_is_left_in_peace():
-    found = lens.verdict(lens.measure(list(range(100)), [2.5] * 100, [2.6] * 100, "a text", 100), 257)
+    found = explore.verdict(explore.measure(list(range(100)), [2.5] * 100, [2.6] * 100, "a text", 100), 257)
     assert found == ["no problem found"]
 
 
@@ -471,7 +471,7 @@ def test_the_model_writes_and_is_diagnosed(words, capsys):
 
 
 def test_the_entropies_are_those_before_each_token(mine):
-    (row,) = lens.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 8, (0,), 0)
+    (row,) = explore.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 8, (0,), 0)
     ids = gpt.Tokenizer.bytes().encode("to be")
     made = mine.generate(torch.tensor([ids]), 8, temperature=0)
     with torch.no_grad():
@@ -485,11 +485,11 @@ def test_what_comes_after_the_end_does_not_count(mine, monkeypatch):
     seen = []
 
     def sample_next_token(logits, *_):
-        seen.append(lens.entropy(logits[0]).item())
+        seen.append(explore.entropy(logits[0]).item())
         return torch.tensor([[next(tokens)]])
 
     monkeypatch.setattr(gpt, "sample_next_token", sample_next_token)
-    (row,) = lens.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 100, (0,), 0)
+    (row,) = explore.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 100, (0,), 0)
     assert row["text"] == "abcd" and row["tokens"] == 4 and row["verdict"][0].startswith("early end (after 4 of 100 tokens)")
     assert row["entropy_end"] == pytest.approx(seen[3])
 
