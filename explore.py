@@ -1,37 +1,23 @@
-"""What a model thinks while it reads, and what is wrong with the text it writes; for evaluate.py.
+"""What a model sees and expects while it reads a text, token by token and block by block.
+
+    python explore.py --prompt "The import statement"                 attention of every head -> attention.png
+    python explore.py --model gpt2 --prompt "Learning is" --text      probabilities, attention and logit lens, in words
+    python explore.py --prompt "The import statement" --json          the same as one JSON object
 
 The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads the residual stream after each block with
-the head, as if that block were the last. distinct-n is from Li et al. 2016, "A Diversity-Promoting Objective Function".
+the head, as if that block were the last.
 """
 
+import json
 import math
-from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import gpt
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Looking inside.
-
-
-@contextmanager
-def hooked(modules):
-    """Within, what each of the modules puts out: {name: [output, ...]}."""
-    seen = {name: [] for name in modules}
-    hooks = [module.register_forward_hook(lambda _, __, out, name=name: seen[name].append(out)) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def entropy(logits):
-    """(..., V) -> (...), in nats: how unsure the model is; e to that power is the number of equally good candidates."""
-    logs = logits.float().log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1)
+from debug.activations import entropy, hooked
+from gpt import command, load_checkpoint, log, require
 
 
 def spell(tokenizer, i):
@@ -42,15 +28,15 @@ def spell(tokenizer, i):
 def inspect(model, tokenizer, prompt, top=5):
     """What the model makes of a prompt, token by token and block by block -> a dict of figures, and attention (L, H, T, T)."""
     ids, context = tokenizer.encode(prompt), model.config.block_size
-    gpt.require(ids, "--inspect needs a text of at least one token")
+    require(ids, "--prompt needs a text of at least one token")
     if len(ids) > context:
-        gpt.log(f"the text has {len(ids):,} tokens, only the last {context:,} fit into the context")
+        log(f"the text has {len(ids):,} tokens, only the last {context:,} fit into the context")
     ids = ids[-context:]
     idx, blocks = torch.tensor([ids], device=next(model.parameters()).device), model.transformer.h
     names = {"embedding": model.transformer.drop} | {f"block {i}": block for i, block in enumerate(blocks)}
     parts = {(part, i): module for i, block in enumerate(blocks) for part, module in
              (("qkv", block.attn.c_attn), ("attention", block.attn), ("mlp", block.mlp))}  # fmt: skip
-    with hooked(names | parts) as seen:
+    with hooked({key: (module, "out") for key, module in (names | parts).items()}) as seen:
         logs = model(idx)[0][0].float().log_softmax(-1)  # (T, V)
 
     def candidates(logs):
@@ -136,91 +122,30 @@ def plot_attention(attention, tokens, path):
         figure.savefig(part, dpi=120, format="png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong with generated text.
+@command
+def main(argv=None):
+    parser = gpt.Parser(prog="explore.py", description="What a model sees and expects while it reads a text.")
+    add = parser.add_argument
+    add("--model", default="scratch", help="a folder, or a name under checkpoints/ (default: scratch)")
+    add("--prompt", required=True, help="the text to read")
+    add("--out", default="attention.png", help="the picture of every head's attention (default: attention.png)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--text", action="store_true", help="print what there is to see, and draw no picture")
+    form.add_argument("--json", action="store_true", help="print it as one JSON object, and draw no picture")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    require(out.name, f"--out {args.out!r} names no file")
+    require(out.parent.is_dir(), f"there is no folder {out.parent} for --out")
+    model, tokenizer = load_checkpoint(args.model, gpt.resolve_device(args.device))
+    found, attention = inspect(model, tokenizer, args.prompt)
+    if args.text:
+        return show_inspection(found, attention)
+    if args.json:
+        return print(json.dumps(found | {"attention": attention[:, :, -1].tolist()}))
+    plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], out)
+    return log(f"attention of every head: {out}")
 
 
-def longest_loop(ids, longest_period=64):
-    """The longest stretch that repeats what stands one period before it -> (its tokens, its period); (0, 0) without one."""
-    ids, best = np.asarray(ids), (0, 0)
-    for period in range(1, min(longest_period, len(ids) // 2) + 1):
-        run = longest = 0
-        for same in ids[period:] == ids[:-period]:
-            run = run + 1 if same else 0
-            longest = max(longest, run)
-        if longest >= period and longest + period > best[0]:
-            best = (longest + period, period)
-    return best
-
-
-def ngrams(ids, n):
-    return list(zip(*(ids[i:] for i in range(n)), strict=False))
-
-
-def measure(ids, entropies, surprises, text, asked):
-    """A generated text, as token numbers, the entropy before each, -ln of its probability, and as a string -> figures."""
-    fours, quarter = ngrams(ids, 4), max(1, len(ids) // 4)
-    loop, period = longest_loop(ids)
-    return {"tokens": len(ids), "asked": asked, "repeated": 1 - len(set(fours)) / len(fours) if fours else 0.0, "loop": loop, "period": period,
-            **{f"distinct_{n}": len(set(ngrams(ids, n))) / max(1, len(ids) - n + 1) for n in (1, 2, 3)},
-            "entropy_start": float(np.mean(entropies[:quarter])) if entropies else 0.0,
-            "entropy_end": float(np.mean(entropies[-quarter:])) if entropies else 0.0,
-            "surprise": float(np.mean(surprises) - np.mean(entropies)) if entropies else 0.0,
-            "broken": text.count("\ufffd") / max(1, len(text))}  # fmt: skip
-
-
-def verdict(row, vocab_size):
-    """Figures -> what is wrong, in words, with what usually helps."""
-    found = []
-    if row["tokens"] < row["asked"] / 4:
-        found.append(f"early end (after {row['tokens']} of {row['asked']} tokens): right for a short answer; else the end of text is too "
-                     "frequent in what was learned")  # fmt: skip
-    if row["loop"] >= max(12, row["tokens"] / 4):
-        found.append(f"a loop ({row['loop']} tokens, repeating every {row['period']}): sample with --temperature 0.8 --top_p 0.9; if that loops "
-                     "too, train longer or on more text")  # fmt: skip
-    elif row["repeated"] > 0.3:
-        found.append(f"repetition ({row['repeated']:.0%} of its 4-grams occurred before): a higher temperature, or more training")
-    if row["tokens"] >= 20 and row["entropy_end"] < 0.1 * row["entropy_start"] and row["entropy_end"] < 0.5:
-        found.append(f"collapse (entropy falls from {row['entropy_start']:.2f} to {row['entropy_end']:.2f} nats): the model is sure of its own "
-                     "repetition; sample, or choose a longer context")  # fmt: skip
-    if row["surprise"] > 1:
-        found.append(f"word salad (what was drawn surprises the model itself, {row['surprise']:.1f} nats beyond what it expects): a lower "
-                     "temperature, or --top_p 0.9")  # fmt: skip
-    if row["broken"] > 0.01:
-        found.append(f"gibberish ({row['broken']:.0%} of the characters are broken): a lower temperature or --top_p 0.9; at every temperature, it "
-                     "is too little training")  # fmt: skip
-    if row["tokens"] and row["entropy_start"] > 0.8 * math.log(vocab_size):
-        found.append(f"noise (entropy {row['entropy_start']:.2f} of at most {math.log(vocab_size):.2f} nats): the model has hardly learned "
-                     "anything yet")  # fmt: skip
-    return found or ["no problem found"]
-
-
-def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):
-    """Continue a prompt at each temperature (0 is greedy) -> rows of figures, the text, and what is wrong with it."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
-    for temperature in temperatures:
-        device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed)
-        made, entropies, surprises = [], [], []
-        with hooked({"head": model.lm_head}) as seen:
-            for token in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
-                logits = seen["head"].pop()[0].float()
-                if token.item() != tokenizer.eot:
-                    made.append(token.item())
-                    entropies.append(entropy(logits).item())
-                    surprises.append(-logits.log_softmax(-1)[token.item()].item())
-        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size).removesuffix("\ufffd")  # the last may be cut
-        row = measure(made, entropies, surprises, text, max_new_tokens)
-        yield {"temperature": temperature, **row, "text": text, "verdict": verdict(row, model.config.vocab_size)}
-
-
-def show_diagnosis(rows):
-    print(f"{'':<16} {'tokens':>7} {'repeated':>8} {'loop':>5} {'distinct 1 2 3':>16} {'entropy':>13} {'broken':>7}")
-    for row in rows:
-        name = f"temperature {row['temperature']:g}" if row["temperature"] else "greedy"
-        distinct = " ".join(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3))
-        print(f"{name:<16} {row['tokens']:>7,} {row['repeated']:>8.0%} {row['loop']:>5,} {distinct:>16} {row['entropy_start']:>5.2f} -> "
-              f"{row['entropy_end']:.2f} {row['broken']:>7.1%}")  # fmt: skip
-        print("".join(f"    {words}\n" for words in row["verdict"]) + f"    {row['text'][:160]!r}")
-    print("repeated: share of 4-grams that occurred before; loop: tokens in the longest one; distinct: share of different tokens, pairs, "
-          "triples; entropy: of the next token in nats, first and last quarter")  # fmt: skip
+if __name__ == "__main__":
+    main()

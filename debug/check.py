@@ -1,13 +1,18 @@
-"""Is it right? What must hold of a model, its data and its checkpoints, each tried out: `python evaluate.py --check`.
+"""Is it right? What must hold of a model, its data and its checkpoints, each tried out.
+
+    python -m debug.check                        the code, with a new model of the default shape; no network
+    python -m debug.check --model scratch        that model, and the text that it was trained on
 
 Every check takes a Subject and gives back what it measured, what is healthy, and whether this is; beside each stands
-what a failure usually means.
+what a failure usually means. Exit status 1 if one fails.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,8 +20,8 @@ import numpy as np
 import torch
 
 import gpt
-from gpt import GPT, TokenDataset, Tokenizer
-from mistakes import holding
+from debug.mistakes import holding
+from gpt import GPT, TokenDataset, Tokenizer, command, find_checkpoint, load_checkpoint, log, require
 
 
 @dataclasses.dataclass
@@ -240,3 +245,60 @@ def battery(subject):
         except Exception as error:  # noqa: BLE001 (whatever it is, the check has failed)
             measured, healthy, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "no error", False
         yield {"check": name, "measured": measured, "healthy": healthy, "ok": bool(ok), "failure": failure}
+
+
+def text_of(folder, args):
+    """--data, or the text of the model's training -> names, and the val_bytes that cut it."""
+    training = json.loads(gpt.read_text(folder / gpt.CONFIG)).get("training", {})
+    own = [name for name in training.get("data", []) if not name.endswith((".jsonl", ".ndjson"))]
+    names = args.data or own
+    same = {Path(name).resolve() for name in names} == {Path(name).resolve() for name in own}
+    return names, args.val_bytes or (training.get("val_bytes") if same else None) or 2**20
+
+
+def run(args):
+    """Run all checks and print their rows; returns whether all have passed."""
+    device = gpt.resolve_device(args.device)
+    names, tokenizer, config, val_bytes = args.data, "bpe", gpt.GPTConfig(), args.val_bytes or 2**20
+    if args.model:
+        model, tokenizer = load_checkpoint(args.model, device)
+        config = model.config
+        names, val_bytes = text_of(find_checkpoint(args.model), args)
+    names = names or ["pydoc"]
+    tokenizer, train, val = gpt.load_data(names, tokenizer, config.vocab_size, val_bytes)
+    if not args.model:
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        torch.manual_seed(0)
+        model = gpt.GPT(config).to(device).eval()
+    log(versions(device, gpt.resolve_dtype("auto", device)))
+    subject = Subject(config, model, tokenizer, names, val_bytes, train, val)
+    failed = []
+    for row in battery(subject):
+        if not row["ok"]:
+            failed.append(row["check"])
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            print(f"{'ok' if row['ok'] else 'FAIL':<5} {row['check']:<14} {row['measured']}")
+            print(f"{'':<20} healthy: {row['healthy']}; otherwise: {row['failure']}", flush=True)
+    total = len(CHECKS)
+    log(f"{len(failed)} of {total} checks failed: {', '.join(failed)}" if failed else f"all {total} checks passed")
+    return not failed
+
+
+@command
+def main(argv=None):
+    parser = gpt.Parser(prog="python -m debug.check", description="Is it right? Tests every part of the code.")
+    add = parser.add_argument
+    add("--model", help="check this one: a folder, or a name under checkpoints/ (default: a new one)")
+    add("--data", nargs="+", help="texts, as for gpt.py (default: those of the model's training, or pydoc)")
+    add("--val_bytes", type=int, help="most bytes of the validation split (default: as in training, or 2**20)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    require(args.val_bytes is None or 1 <= args.val_bytes <= 2**31, f"--val_bytes is {args.val_bytes}, expected 1 to 2**31")
+    sys.exit(0 if run(args) else 1)
+
+
+if __name__ == "__main__":
+    main()

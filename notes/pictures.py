@@ -3,7 +3,7 @@
 python gpt.py --preset shakespeare-10min
 python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0.15 --out checkpoints/dropout
 python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out checkpoints/no-dropout
-python pictures.py --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
+python -m notes.pictures --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
 """
 
 import csv
@@ -141,7 +141,9 @@ def draw_curves(runs, path):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="pictures.py", description="Draw the pictures of the notes from our own models.")
+    parser = gpt.Parser(
+        prog="python -m notes.pictures", description="Draw the pictures of the notes from our own models."
+    )
     parser.add_argument(
         "--model", default="shakespeare", help="whose attention and distributions (default: shakespeare)"
     )
