@@ -41,7 +41,10 @@ def inspect(model, tokenizer, prompt, top=5):
 
     def candidates(logs):
         best = logs.topk(min(top, len(logs)))
-        return [{"token": spell(tokenizer, i), "p": math.exp(p)} for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return [
+            {"token": spell(tokenizer, i), "p": math.exp(p)}
+            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     tokens = []
     for at, i in enumerate([*ids, None]):
@@ -76,12 +79,18 @@ SHADES = " ░▒▓█"
 
 def show_inspection(found, attention):
     tokens = [row["token"] for row in found["tokens"][:-1]]
-    print(f"Where the last token looks, a line for each head, a sign for each of the last {min(64, len(tokens))} tokens, {SHADES!r}:")
+    print(
+        f"Where the last token looks, a line for each head, a sign for each of the last {min(64, len(tokens))} tokens, {SHADES!r}:"
+    )
     for block, heads in enumerate(attention):
         for head, weights in enumerate(heads[:, -1]):
             bar = "".join(SHADES[min(4, round(4 * w / weights.max().item()))] for w in weights[-64:].tolist())
-            print(f"  block {block:>2} head {head:>2} |{bar}| most at {tokens[weights.argmax()]!r} ({weights.max():.2f})")
-    print("\nThe residual stream: mean norms, and what the head would say of the last token after each block (logit lens):")
+            print(
+                f"  block {block:>2} head {head:>2} |{bar}| most at {tokens[weights.argmax()]!r} ({weights.max():.2f})"
+            )
+    print(
+        "\nThe residual stream: mean norms, and what the head would say of the last token after each block (logit lens):"
+    )
     print(f"  {'after':<10} {'norm':>7} {'attention adds':>14} {'the MLP adds':>12}  what comes next")
     for row in found["stream"]:
         added = [f"{row[key]:.2f}" if key in row else "" for key in ("attention_norm", "mlp_norm")]
@@ -93,7 +102,10 @@ def show_inspection(found, attention):
         else:
             known = f"{math.exp(row['log_probability']):>7.2%} {row['rank']:>6,}" if "rank" in row else f"{'':>14}"
             came = f"{row['token']!r:<19} {known}"
-        print(f"  {row['position']:>4} {came} " + (f"{row['entropy']:>6.2f}  {listed(row['expected'])}" if row["position"] else ""))
+        print(
+            f"  {row['position']:>4} {came} "
+            + (f"{row['entropy']:>6.2f}  {listed(row['expected'])}" if row["position"] else "")
+        )
 
 
 def listed(candidates):
@@ -116,7 +128,12 @@ def plot_attention(attention, tokens, path):
         if head == 0:
             axes.set_ylabel(f"block {layer}", fontsize=8)
         if T <= 24 and head == 0:
-            axes.set_yticks(range(T), [repr(token)[1:-1] for token in tokens], fontsize=max(2, min(6, 70 * side / T)), parse_math=False)
+            axes.set_yticks(
+                range(T),
+                [repr(token)[1:-1] for token in tokens],
+                fontsize=max(2, min(6, 70 * side / T)),
+                parse_math=False,
+            )
     figure.suptitle("attention: each row a token, each column a token it looks at", fontsize=9)
     with gpt.replacing(path) as part:
         figure.savefig(part, dpi=120, format="png")

@@ -203,7 +203,17 @@ def measure(name, part, rounds, steps):
                 continue
             log(f"{name}, round {turn + 1} of {rounds}: {workload}")
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if workload == TWO else []
-            script = [sys.executable, *launch, "-m", "bench", name, "--only", workload, "--steps", str(steps or part.steps)]
+            script = [
+                sys.executable,
+                *launch,
+                "-m",
+                "bench",
+                name,
+                "--only",
+                workload,
+                "--steps",
+                str(steps or part.steps),
+            ]
             done = subprocess.run(script, capture_output=True, text=True, check=False)
             require(done.returncode == 0, f"{workload}: {done.stderr.strip().removeprefix('error: ')[-500:]}")
             found = json.loads(done.stdout.splitlines()[-1])
@@ -215,7 +225,9 @@ def measure(name, part, rounds, steps):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="python -m bench", description="Speed and memory, compared with the alternatives in one run.")
+    parser = gpt.Parser(
+        prog="python -m bench", description="Speed and memory, compared with the alternatives in one run."
+    )
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: train generate)"
     )

@@ -1,6 +1,6 @@
 """What does a training curve show? Overfitting, a plateau, a run that was too short or too fast, in words.
 
-    python -m debug.curve scratch               a folder with the log.csv of a run, or its name under checkpoints/
+python -m debug.curve scratch               a folder with the log.csv of a run, or its name under checkpoints/
 """
 
 import csv

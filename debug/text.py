@@ -58,7 +58,9 @@ def verdict(row, vocab_size):
         found.append(f"a loop ({row['loop']} tokens, repeating every {row['period']}): sample with --temperature 0.8 --top_p 0.9; if that loops "
                      "too, train longer or on more text")  # fmt: skip
     elif row["repeated"] > 0.3:
-        found.append(f"repetition ({row['repeated']:.0%} of its 4-grams occurred before): a higher temperature, or more training")
+        found.append(
+            f"repetition ({row['repeated']:.0%} of its 4-grams occurred before): a higher temperature, or more training"
+        )
     if row["tokens"] >= 20 and row["entropy_end"] < 0.1 * row["entropy_start"] and row["entropy_end"] < 0.5:
         found.append(f"collapse (entropy falls from {row['entropy_start']:.2f} to {row['entropy_end']:.2f} nats): the model is sure of its own "
                      "repetition; sample, or choose a longer context")  # fmt: skip
@@ -82,13 +84,17 @@ def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):
         generator = torch.Generator(device).manual_seed(seed)
         made, entropies, surprises = [], [], []
         with hooked({"head": (model.lm_head, "out")}) as seen:
-            for token in model.stream(torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
+            for token in model.stream(
+                torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator
+            ):
                 logits = seen["head"].pop()[0].float()
                 if token.item() != tokenizer.eot:
                     made.append(token.item())
                     entropies.append(entropy(logits).item())
                     surprises.append(-logits.log_softmax(-1)[token.item()].item())
-        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size).removesuffix("\ufffd")  # the last may be cut
+        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size).removesuffix(
+            "\ufffd"
+        )  # the last may be cut
         row = measure(made, entropies, surprises, text, max_new_tokens)
         yield {"temperature": temperature, **row, "text": text, "verdict": verdict(row, model.config.vocab_size)}
 

@@ -215,7 +215,9 @@ def find_model(args, scratch):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="python -m debug.verify_gpt2", description="Prove that our model computes what transformers computes.")
+    parser = gpt.Parser(
+        prog="python -m debug.verify_gpt2", description="Prove that our model computes what transformers computes."
+    )
     add = parser.add_argument
     add("name", nargs="?", default="gpt2", help="a checkpoint, or a folder of published files (default: gpt2)")
     add("--reference", help="folder of published files (default: what the checkpoint was converted from)")
