@@ -19,9 +19,8 @@ import torch
 from tqdm import tqdm
 
 import gpt
-import lora
+from extras import lora
 from gpt import InputError, TokenDataset, command, flag, load_checkpoint, log, require
-from models import open_model
 
 METHODS = {  # name -> (is this parameter trained?, peak learning rate, description)
     "full": (lambda name, last: True, 1e-3, "every parameter"),
@@ -280,7 +279,7 @@ def main(argv=None):
     for name, method in METHOD_OF.items():
         fits = name not in given or method == config.method
         require(fits, f"--{name} goes with --method {method}, not {config.method}")
-    model, tokenizer = open_model(config.model)
+    model, tokenizer = load_checkpoint(config.model)
     base = gpt.find_checkpoint(config.model)
     same = base.resolve() == Path(config.out).resolve()
     require(not same, f"--out {config.out} is the base itself: choose another folder")

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 
 
 def add_arguments(parser):
@@ -38,6 +39,28 @@ def add_arguments(parser):
     add("--dtype", default="auto", choices=dtypes, help="auto is bfloat16 where native; int8 is faster")
     add("--json", action="store_true", help="one JSON object a line: model, prompt, sample, seed, text")
     return parser
+
+
+def open_model(name, device="cpu", dtype="float32", adapter=None):
+    """A folder, or a name under checkpoints/ -> GPT on the device, Tokenizer; dtype is that of --dtype, or int8."""
+    import torch
+
+    from extras import int8, lora
+    from gpt import load_checkpoint, require, resolve_dtype
+
+    for folder in (Path(name), Path("checkpoints", name)):
+        foreign = (folder / "config.json").exists() and not (folder / "tokenizer.tiktoken").exists()
+        advice = f"if it is a GPT-2 of Hugging Face's, run python convert_gpt2.py {folder} --out DIR"
+        require(not foreign, f"{folder} has no tokenizer.tiktoken, it is not a checkpoint of ours: {advice}")
+        is_adapter = (folder / lora.CONFIG).exists()
+        require(not is_adapter, f"{folder} is an adapter: use python sample.py --model ITS_BASE --adapter {folder}")
+    device = torch.device(device)
+    model, tokenizer = load_checkpoint(name)
+    if adapter:
+        lora.load_adapter(model, adapter, name)
+    if dtype == "int8":
+        return int8.quantize(model).to(device), tokenizer
+    return model.to(device, resolve_dtype(dtype, device)), tokenizer
 
 
 def decode_stream(tokenizer, ids):
@@ -71,12 +94,11 @@ class Speaker:
 
     def __init__(self, name, args):
         import gpt
-        import models
-        import native
+        from extras import native
 
         self.name, self.args = name, args
         self.device = gpt.resolve_device(args.device)
-        self.model, self.tokenizer = models.open_model(name, self.device, args.dtype, args.adapter)
+        self.model, self.tokenizer = open_model(name, self.device, args.dtype, args.adapter)
         native.speed_up(self.model)
         self.generator = gpt.torch.Generator(self.device).manual_seed(args.seed)
 
@@ -167,7 +189,7 @@ def main(argv=None):
     if {"-h", "--help"} & set(argv):  # before PyTorch is imported: help comes at once
         add_arguments(argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0])).print_help()
         return
-    import compiled
+    from extras import compiled
 
     compiled.begin()  # while PyTorch is imported
     import gpt

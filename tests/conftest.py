@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = [path for folder in (".", "debug", "extras", "bench") for path in sorted(ROOT.joinpath(folder).glob("*.py"))]
+SCRIPTS = [path.relative_to(ROOT) for path in [*CODE, ROOT / "notes/pictures.py"] if "\nif __name__" in path.read_text(encoding="utf-8")]
+SCRIPTS = [path.name if path.parent == Path() else ".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in SCRIPTS]
 sys.path.insert(0, str(ROOT))
 SHARED_VOCABULARY = ROOT.parent / "shared" / "tiktoken_cache"
 if SHARED_VOCABULARY.is_dir():
@@ -51,6 +55,23 @@ def module_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def words(own_folder):
+    """A text in which no long run of tokens comes twice."""
+    letters = random.Random(0)
+    text = " ".join("".join(letters.choices("abcdefghij", k=letters.randint(1, 8))) for _ in range(6000))
+    (own_folder / "words.txt").write_text(text)
+    return text
+
+
+@pytest.fixture
+def mine(words):
+    """A checkpoint with large weights, so that every figure has something to tell."""
+    config = gpt.GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=64)
+    gpt.save_checkpoint("checkpoints/mine", enlarge(gpt.GPT(config)), gpt.Tokenizer.bytes())
+    return gpt.load_checkpoint("checkpoints/mine")[0]
+
+
+@pytest.fixture
 def small():
     """A model small enough to run anywhere, its weights large enough that every part of it matters."""
     torch.manual_seed(0)
@@ -74,8 +95,11 @@ TINY = ["--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2", "--n_embd", "
 
 
 def script(name, *args, **options):
-    """Run a script as a user would, in a process of its own."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    """Run a script (sample.py) or module (debug.check) as a user would, in a process of its own."""
+    start = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+    if not name.endswith(".py"):
+        options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}  # where python -m looks, from any folder
+    command = [sys.executable, *start, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
 
 
@@ -92,6 +116,20 @@ def interrupt(monkeypatch, step):
     with monkeypatch.context() as patched:
         patched.setattr(gpt, "forward_backward", pressed)
         yield
+
+
+def run_main(main, *argv, expect=None):
+    """Call a script's main, with the exit status that is expected of it."""
+    if expect is None:
+        return main([*map(str, argv)])
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, argv)])
+    assert end.value.code == expect
+
+
+def rows_of(capsys):
+    """What was printed, a JSON object a line."""
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def parameters_of(folder):
@@ -115,7 +153,7 @@ def published(folder, tokenizer=None, seed=0, **shape):
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 
     logging.disable_progress_bar()
-    from export import to_hf
+    from extras.export import to_hf
 
     tokenizer = tokenizer or gpt.Tokenizer.bytes()
     shape = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": tokenizer.vocab_size} | shape

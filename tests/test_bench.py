@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from conftest import PROSE, TINY
+from conftest import PROSE, ROOT, TINY
 
-import bench
 import gpt
-import workloads
+from bench import __main__ as bench
+from bench import workloads
 
 WORKLOADS = [
     pytest.param(part, name, marks=[pytest.mark.slow] if part == "compile" else [])
@@ -83,7 +84,7 @@ def test_unasked_it_trains_and_generates_and_leaves_out_what_is_not_installed(mo
     calls = []
 
     def run(script, **_):
-        calls.append((script[2], script[script.index("--only") + 1]))
+        calls.append((script[script.index("--only") - 1], script[script.index("--only") + 1]))
         return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": 0.5, "memory": None}), "")
 
     monkeypatch.setattr(bench.subprocess, "run", run)
@@ -127,9 +128,13 @@ def test_two_processes_are_started_by_torchrun(monkeypatch):
 
 
 def test_two_processes_share_a_step():
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", bench.__file__]
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bench"]
     done = subprocess.run(
-        [*script, "processes", "--only", bench.TWO, "--steps", "2"], capture_output=True, text=True, check=True
+        [*script, "processes", "--only", bench.TWO, "--steps", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
 

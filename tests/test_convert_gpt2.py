@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import convert_gpt2
 import gpt
-import hub
 import sample
 
 pytest.importorskip("transformers")
@@ -341,7 +340,7 @@ def test_such_a_vocabulary_survives_in_the_checkpoint(tmp_path):
 
 def test_tokenizer_json_alone_is_enough(tmp_path):
     published(tmp_path / "hf", gpt.Tokenizer.bpe([PROSE], 300))
-    fetch = hub.open_source(str(tmp_path / "hf"))[0]
+    fetch = convert_gpt2.open_source(str(tmp_path / "hf"))[0]
     both = convert_gpt2.read_tokenizer(fetch)
     (tmp_path / "hf" / "vocab.json").unlink()
     assert convert_gpt2.read_tokenizer(fetch).dumps() == both.dumps() == gpt.Tokenizer.bpe([PROSE], 300).dumps()
@@ -351,27 +350,27 @@ def test_further_special_tokens_may_follow_the_end_of_text(tmp_path):
     published(tmp_path / "hf", vocab_size=260)
     path = tmp_path / "hf" / "vocab.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"<pad>": 257, "<sep>": 258}))
-    tokenizer = convert_gpt2.read_tokenizer(hub.open_source(str(tmp_path / "hf"))[0])
+    tokenizer = convert_gpt2.read_tokenizer(convert_gpt2.open_source(str(tmp_path / "hf"))[0])
     assert tokenizer.vocab_size == 257 and tokenizer.kind == "bytes"
 
 
 def test_gpt2s_published_vocabulary_is_recognised(tmp_path, gpt2_vocabulary):
     """tiktoken's copy of the published files has the same content as vocab.json and merges.txt on the hub."""
-    from export import merges, vocabulary
+    from extras.export import merges, vocabulary
 
     ranks = gpt2_vocabulary.ranks
     published(tmp_path / "hf")
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps(vocabulary(gpt2_vocabulary)))
     lines = [f"{left} {right}" for left, right in merges(gpt2_vocabulary)]
     (tmp_path / "hf" / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
-    ours = convert_gpt2.read_tokenizer(hub.open_source(str(tmp_path / "hf"))[0])
+    ours = convert_gpt2.read_tokenizer(convert_gpt2.open_source(str(tmp_path / "hf"))[0])
     assert ours.kind == "gpt2" and ours.ranks == ranks and ours.dumps() == gpt2_vocabulary.dumps()
     cached = sorted(os.listdir(os.environ.get("TIKTOKEN_CACHE_DIR", tmp_path)))
     for name in cached:  # encoder.json and vocab.bpe, as published by OpenAI
         content = Path(os.environ["TIKTOKEN_CACHE_DIR"], name).read_bytes()
         (tmp_path / "hf" / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
     if cached:
-        ours = convert_gpt2.read_tokenizer(hub.open_source(str(tmp_path / "hf"))[0])
+        ours = convert_gpt2.read_tokenizer(convert_gpt2.open_source(str(tmp_path / "hf"))[0])
         assert ours.kind == "gpt2" and ours.ranks == ranks
 
 
@@ -420,13 +419,13 @@ def test_a_vocabulary_laid_out_otherwise_is_refused(tmp_path, case):
     published(tmp_path / "hf", vocab_size=400)
     trained_by_tokenizers(tmp_path / "hf", VOCABULARIES[case])
     with pytest.raises(gpt.InputError, match="the vocabulary is not GPT-2's"):
-        convert_gpt2.read_tokenizer(hub.open_source(str(tmp_path / "hf"))[0])
+        convert_gpt2.read_tokenizer(convert_gpt2.open_source(str(tmp_path / "hf"))[0])
 
 
 def test_damaged_vocabularies_are_refused(tmp_path):
     published(tmp_path / "hf", gpt.Tokenizer.bpe([PROSE], 300))
     fetch, vocab, merges = (
-        hub.open_source(str(tmp_path / "hf"))[0],
+        convert_gpt2.open_source(str(tmp_path / "hf"))[0],
         tmp_path / "hf" / "vocab.json",
         tmp_path / "hf" / "merges.txt",
     )
@@ -467,7 +466,7 @@ def test_the_command_converts_and_says_what_it_did(tmp_path, capsys):
     assert (
         "guessing: ln 257 = 5.55" in out
         and "--model checkpoints/tiny-gpt2" in err
-        and "verify_gpt2.py checkpoints/tiny-gpt2" in err
+        and "debug.verify_gpt2 checkpoints/tiny-gpt2" in err
     )
     described = json.loads((tmp_path / "checkpoints/tiny-gpt2/config.json").read_text())
     assert described["source"]["folder"] == str(tmp_path / "tiny-gpt2")
@@ -525,7 +524,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_what_cannot_be_written_is_not_downloaded_either(monkeypatch, capsys):
     Path("checkpoints/gpt2").mkdir(parents=True, exist_ok=True)
     Path("checkpoints/gpt2/model.safetensors").write_bytes(b"mine")
-    monkeypatch.setattr(hub.requests, "Session", None)
+    monkeypatch.setattr(convert_gpt2.requests, "Session", None)
     with pytest.raises(SystemExit) as end:
         convert_gpt2.main(["gpt2"])
     assert end.value.code == 2 and "already holds a checkpoint" in capsys.readouterr().err

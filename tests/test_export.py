@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert_gpt2
-import export
 import gpt
+from extras import export
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,7 +124,7 @@ def read_gguf(path):
 
 
 def names(config):
-    """Where llama.cpp looks for each of our parameters, written down independently of export.py."""
+    """Where llama.cpp looks for each of our parameters, written down independently of extras.export."""
     yield from (("token_embd.weight", "transformer.wte.weight"), ("position_embd.weight", "transformer.wpe.weight"))
     yield from ((f"output_norm.{kind}", f"transformer.ln_f.{kind}") for kind in ("weight", "bias"))
     pairs = {"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",

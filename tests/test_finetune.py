@@ -13,11 +13,10 @@ import torch
 from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of
 from safetensors.torch import load_file, save_file
 
-import export
 import finetune
 import gpt
-import lora
 import sample
+from extras import export, lora
 from finetune import METHODS, Documents, FinetuneConfig
 
 OTHER = "Wherefore art thou, Romeo? Deny thy father and refuse thy name; or, if thou wilt not, be but sworn my love.\n" * 60
@@ -500,7 +499,7 @@ BAD = {
     "latin-1": (["--data", "latin.txt"], "latin.txt is not UTF-8 text"),
     "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora, not full"),
     "a rank of no lora": (["--method", "last", "--rank", "4"], "--rank goes with --method lora, not last"),
-    "an adapter as the base": (["--model", "adapter"], "adapter is an adapter: use python sample.py --model ITS_BASE --adapter adapter"),
+    "an adapter as the base": (["--model", "adapter"], "there is no checkpoint adapter"),
     "json": (["--data", "d.json"], "d.json is JSON, not text: finetune.py learns from .jsonl"),
     "nothing to learn from": (["--data"], "expected at least one argument"),
     "another tokenizer": (["--tokenizer", "gpt2"], "argument --tokenizer: invalid choice: 'gpt2'"),

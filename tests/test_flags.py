@@ -6,18 +6,22 @@ from pathlib import Path
 import pytest
 from conftest import PROSE, TINY, script
 
-import bench
 import convert_gpt2
 import evaluate
-import export
+import explore
 import finetune
 import gpt
-import pictures
 import sample
-import verify_gpt2
+from bench import __main__ as bench
+from debug import check, curve, text, verify_gpt2
+from extras import export
+from notes import pictures
 
 MAIN = {"gpt": gpt.main, "sample": sample.main, "finetune": finetune.main, "evaluate": evaluate.main, "export": export.main,
-        "convert_gpt2": convert_gpt2.main, "verify_gpt2": verify_gpt2.main, "bench": bench.main, "pictures": pictures.main}  # fmt: skip
+        "convert_gpt2": convert_gpt2.main, "verify_gpt2": verify_gpt2.main, "bench": bench.main, "pictures": pictures.main,
+        "explore": explore.main, "check": check.main, "curve": curve.main, "text": text.main}  # fmt: skip
+MODULES = {"export": "extras.export", "verify_gpt2": "debug.verify_gpt2", "bench": "bench", "pictures": "notes.pictures"}
+MODULES |= {name: f"debug.{name}" for name in ("check", "curve", "text")}  # what python -m runs
 SOUND = {  # what would work: only one flag is spoiled at a time
     "gpt": [*TINY, "--data", "prose.txt", "--out", "new"],
     "sample": ["--model", "mine", "--prompt", "The", "--max_new_tokens", "2"],
@@ -28,6 +32,10 @@ SOUND = {  # what would work: only one flag is spoiled at a time
     "verify_gpt2": ["mine"],
     "bench": [],
     "pictures": ["--model", "mine", "--out", "."],
+    "explore": ["--model", "mine", "--prompt", "The"],
+    "check": ["--model", "mine"],
+    "curve": ["mine"],
+    "text": ["--model", "mine"],
 }
 HUGE = str(10**30)
 COUNT_BELOW = ["x", "", "1.5", "nan", "inf", "1e3", "0x10", "-1", "0", HUGE]  # for at least 1
@@ -51,19 +59,20 @@ WRONG = {
     "finetune": {**TRAINING, "--model": PLACE, "--method": CHOICE, "--blocks": COUNT_BELOW, "--rank": COUNT_BELOW, "--alpha": [*RATE, "0"],
                  "--lora_dropout": SHARE, "--targets": ["", "lm_head", "wte"], "--also_eval": PLACE,
                  "--save_adapter": ["", *OUT]},
-    "evaluate": {**dict.fromkeys(["--val_bytes", "--batch_size", "--max_new_tokens", "--context", "--stride"], COUNT_BELOW),
-                 "--seed": COUNT_OR_0, "--model": PLACE, "--data": PLACE, "--split": CHOICE, "--inspect": [""],
-                 "--picture": ["", "nowhere/x.png"], "--prompt": [], "--curve": PLACE, "--device": [*CHOICE, "cuda:99"],
-                 "--dtype": CHOICE},
+    "evaluate": {**dict.fromkeys(["--val_bytes", "--batch_size", "--context", "--stride"], COUNT_BELOW), "--model": PLACE, "--data": PLACE,
+                 "--split": CHOICE, "--device": [*CHOICE, "cuda:99"], "--dtype": CHOICE},
+    "explore": {"--model": PLACE, "--prompt": [""], "--out": ["", "nowhere/x.png"], "--device": [*CHOICE, "cuda:99"]},
+    "check": {"--model": PLACE, "--data": PLACE, "--val_bytes": COUNT_BELOW, "--device": [*CHOICE, "cuda:99"]},
+    "curve": {},
+    "text": {"--model": PLACE, "--prompt": [], "--max_new_tokens": COUNT_BELOW, "--seed": COUNT_OR_0, "--device": [*CHOICE, "cuda:99"]},
     "export": {"--format": CHOICE, "--dtype": CHOICE, "--out": ["", "prose.txt", "/proc/no"]},
     "convert_gpt2": {"--out": ["prose.txt"], "--block_size": COUNT_BELOW, "--revision": [""]},
     "verify_gpt2": {"--reference": PLACE, "--new_tokens": COUNT_BELOW},
     "bench": {"--rounds": COUNT_BELOW, "--steps": COUNT_BELOW, "--only": ["x"], "--picture": ["nowhere/x.png"]},
     "pictures": {"--model": PLACE, "--curves": PLACE, "--out": ["nowhere", "prose.txt", *PLACE]},
 }  # fmt: skip
-OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--curve", "--reference", "--picture", "--curves"}
-WITH = {("evaluate", "--prompt"): ["--diagnose_text"], ("evaluate", "--max_new_tokens"): ["--diagnose_text"],
-        ("finetune", "--blocks"): ["--method", "last"]}  # fmt: skip
+OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--reference", "--picture", "--curves"}
+WITH = {("finetune", "--blocks"): ["--method", "last"]}
 UNSPOILED = [(name, flag, value) for name, flags in WRONG.items() for flag, values in flags.items() for value in values]
 
 CONTRADICTIONS = [
@@ -90,9 +99,7 @@ CONTRADICTIONS = [
     ("finetune", ["--method", "lora", "--blocks", "1"], "goes with --method last"),
     ("finetune", ["--method", "last", "--blocks", "3"], "the model has only 2"),
     ("finetune", ["--data", "prose.txt", "x.jsonl"], "mixes .jsonl with other texts"),
-    ("evaluate", ["--check", "--diagnose_text"], "are different tasks"),
-    ("evaluate", ["--inspect", "a", "--curve", "mine"], "are different tasks"),
-    ("evaluate", ["--inspect", "a", "--model", "mine", "other"], "takes one model at a time"),
+    ("explore", ["--text", "--json"], "not allowed with argument"),
     ("evaluate", ["--stride", "9", "--context", "8"], "stride 9 would skip tokens"),
     ("evaluate", ["--context", "17"], "--context 17 does not fit mine"),
     ("export", ["--format", "hf", "--dtype", "q8_0"], "--dtype goes with --format gguf"),
@@ -197,8 +204,9 @@ def test_an_unknown_flag_is_told_the_nearest(refused, name, flag, nearest):
 @pytest.mark.parametrize(
     ("name", "argv"),
     [("gpt", ["--lr", "nan"]), ("sample", ["--top_p", "2"]), ("finetune", ["--rank", "0"]), ("evaluate", ["--stride", "-1", "--model", "mine"]),
-     ("export", ["nowhere", "--format", "hf", "--out", "new"]), ("convert_gpt2", ["nowhere/at/all"]), ("verify_gpt2", ["nowhere"]), ("bench", ["x"])],
+     ("export", ["nowhere", "--format", "hf", "--out", "new"]), ("convert_gpt2", ["nowhere/at/all"]), ("verify_gpt2", ["nowhere"]), ("bench", ["x"]), ("curve", ["nowhere"]),
+     ("explore", ["--prompt", ""]), ("check", ["--val_bytes", "0"]), ("text", ["--seed", "-1"])],
 )  # fmt: skip
 def test_a_real_process_says_the_same(folder, name, argv):
-    done = script(f"{name}.py", *argv, cwd=folder)
+    done = script(MODULES.get(name, f"{name}.py"), *argv, cwd=folder)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

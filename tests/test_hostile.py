@@ -23,8 +23,9 @@ import convert_gpt2
 import evaluate
 import finetune
 import gpt
-import lora
 import sample
+from debug import curve
+from extras import lora
 from gpt import InputError, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def use_run(folder):
 
 
 def use_log(folder):
-    evaluate.read_curve(evaluate.read_log(folder / "log.csv"))
+    curve.read_curve(curve.read_log(folder / "log.csv"))
 
 
 def use_adapter(folder):

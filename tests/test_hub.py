@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import convert_gpt2
 import gpt
-import hub
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a download
@@ -106,8 +106,8 @@ def server(monkeypatch):
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", server.address + "/")
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(hub, "TIMEOUT", (2, 0.5))
-        monkeypatch.setattr(hub, "PAUSE", 0.01)
+        monkeypatch.setattr(convert_gpt2, "TIMEOUT", (2, 0.5))
+        monkeypatch.setattr(convert_gpt2, "PAUSE", 0.01)
         yield server
         server.shutdown()
 
@@ -117,18 +117,18 @@ def leftovers(folder):
 
 
 def test_files_come_as_they_are_and_only_once(server):
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     for name, content in FILES.items():
         assert fetch(name).read_bytes() == content
     assert fetch("vocab.json") is None, "what is not there is no error: it may be optional"
     requests = len(server.seen)
-    fetch, _ = hub.open_source("owner/name")
+    fetch, _ = convert_gpt2.open_source("owner/name")
     assert [fetch(name) for name in FILES] == [folder / name for name in FILES] and len(server.seen) == requests
     assert not leftovers(folder)
 
 
 def test_every_file_comes_from_the_commit_of_the_first(server):
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     for name in FILES:
         fetch(name)
     asked = [path for path, _ in server.seen if path.startswith("/owner")]
@@ -137,29 +137,29 @@ def test_every_file_comes_from_the_commit_of_the_first(server):
 
 
 def test_a_renamed_repository_is_followed(server, monkeypatch):
-    monkeypatch.setitem(hub.NAMES, "gpt2", "old/gpt2")
-    fetch, _ = hub.open_source("gpt2")
+    monkeypatch.setitem(convert_gpt2.NAMES, "gpt2", "old/gpt2")
+    fetch, _ = convert_gpt2.open_source("gpt2")
     for name, content in FILES.items():
         assert fetch(name).read_bytes() == content
 
 
 def test_a_revision_is_asked_for_and_kept_apart(server):
     server.files = {name: content + b" " for name, content in FILES.items()}
-    _, main = hub.open_source("owner/name")
-    fetch, folder = hub.open_source("owner/name", "refs/pr/1")
+    _, main = convert_gpt2.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name", "refs/pr/1")
     with pytest.raises(gpt.InputError, match="no config.json .* in revision refs/pr/1"):
         fetch("config.json")  # this server has main only
     assert "/resolve/refs%2Fpr%2F1/config.json" in server.seen[0][0] and folder != main
 
 
 def test_what_is_not_there_is_not_asked_for_again(server):
-    assert hub.open_source("owner/name")[0]("vocab.json") is None
+    assert convert_gpt2.open_source("owner/name")[0]("vocab.json") is None
     requests = len(server.seen)
-    assert hub.open_source("owner/name")[0]("vocab.json") is None and len(server.seen) == requests
+    assert convert_gpt2.open_source("owner/name")[0]("vocab.json") is None and len(server.seen) == requests
 
 
 def test_an_index_and_its_file_do_not_share_what_is_downloaded_of_them(server):
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     folder.mkdir(parents=True)
     other = folder / f"model.safetensors.index.json.{'0' * 40}.part"
     other.write_bytes(b"{" * 1000)
@@ -170,14 +170,14 @@ def test_an_index_and_its_file_do_not_share_what_is_downloaded_of_them(server):
 @pytest.mark.parametrize(("headers", "seconds"), [({"Retry-After": "1.5"}, 1.5), ({"Retry-After": "-1"}, None), ({}, None),
                          ({"RateLimit": '"resolvers";r=0;t=7'}, 7), ({"Retry-After": "soon"}, None)], ids=str)  # fmt: skip
 def test_the_wait_that_a_server_asks_for(headers, seconds):
-    assert hub.seconds_asked(type("Response", (), {"headers": headers})) == seconds
+    assert convert_gpt2.seconds_asked(type("Response", (), {"headers": headers})) == seconds
 
 
 @pytest.mark.parametrize("token", ["hf_se cret", "hf_\u00e9"])
 def test_a_token_that_is_none_is_not_printed(token, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(gpt.InputError) as error:
-        hub.open_source("owner/name")
+        convert_gpt2.open_source("owner/name")
     assert token not in str(error.value)
 
 
@@ -186,7 +186,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(server, tmp_path, monkeypa
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password other\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    fetch, _ = hub.open_source("owner/name")
+    fetch, _ = convert_gpt2.open_source("owner/name")
     fetch("model.safetensors")
     tokens = {path.split("/")[1]: headers.get("Authorization") for path, headers in server.seen}
     assert tokens == {"owner": "Bearer hf_secret", "cdn": None}
@@ -199,7 +199,7 @@ TROUBLE = ["cut", "short", "stall", "hash", "longer", 429, "429 1 s", "429 date"
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_what_can_be_retried_is_retried_until_the_file_is_right(server, trouble, name, capsys):
     server.trouble = [trouble]
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     if name == "config.json":
         server.files[name] = FILES[name] + b" " * 900
     assert fetch(name).read_bytes() == server.files[name] and not leftovers(folder)
@@ -209,7 +209,7 @@ def test_what_can_be_retried_is_retried_until_the_file_is_right(server, trouble,
 @pytest.mark.parametrize("trouble", ["cut", "short"])
 def test_a_broken_download_goes_on_where_it_stopped(server, trouble):
     server.trouble = [trouble]
-    fetch, _ = hub.open_source("owner/name")
+    fetch, _ = convert_gpt2.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE
     ranges = [headers.get("Range") for path, headers in server.seen if path.startswith("/cdn")]
     assert ranges[0] is None and int(ranges[1].removeprefix("bytes=").rstrip("-")) > len(LARGE) // 4
@@ -218,19 +218,19 @@ def test_a_broken_download_goes_on_where_it_stopped(server, trouble):
 def test_many_breaks_are_survived_as_long_as_each_brings_something(server):
     server.files["model.safetensors"] = LARGE * 40
     server.trouble = ["cut"] * 8
-    fetch, _ = hub.open_source("owner/name")
+    fetch, _ = convert_gpt2.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE * 40
 
 
 def test_breaks_and_wrong_content_in_turn_do_not_go_on_for_ever(server):
     server.trouble = ["cut", "hash"] * 9
     with pytest.raises(gpt.InputError, match="its hash should be|could not be downloaded"):
-        hub.open_source("owner/name")[0]("model.safetensors")
+        convert_gpt2.open_source("owner/name")[0]("model.safetensors")
 
 
 def test_a_later_run_goes_on_with_what_an_earlier_one_got(server, monkeypatch):
     server.trouble = ["cut"] + [500] * 9
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     with pytest.raises(
         gpt.InputError,
         match="could not be downloaded.*500.*run the same command to resume after [0-9,]+ bytes, or save config.json",
@@ -238,7 +238,7 @@ def test_a_later_run_goes_on_with_what_an_earlier_one_got(server, monkeypatch):
         fetch("model.safetensors")
     assert len(leftovers(folder)) == 1 and not (folder / "model.safetensors").exists()
     server.trouble = []
-    fetch, _ = hub.open_source("owner/name")
+    fetch, _ = convert_gpt2.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE
     assert "Range" in server.seen[-1][1]
 
@@ -246,7 +246,7 @@ def test_a_later_run_goes_on_with_what_an_earlier_one_got(server, monkeypatch):
 @pytest.mark.parametrize("trouble", ["ranges ignored", "wrong range"])
 def test_a_server_that_does_not_honour_ranges_spoils_nothing(server, trouble):
     server.trouble = ["cut", trouble]
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE and not leftovers(folder)
     assert sum(path.startswith("/cdn") for path, _ in server.seen) == (2 if trouble == "ranges ignored" else 3)
 
@@ -254,14 +254,14 @@ def test_a_server_that_does_not_honour_ranges_spoils_nothing(server, trouble):
 def test_a_file_that_changed_on_the_hub_is_begun_anew(server):
     server.trouble = ["cut"] + [500] * 9
     with pytest.raises(gpt.InputError):
-        hub.open_source("owner/name")[0]("model.safetensors")
+        convert_gpt2.open_source("owner/name")[0]("model.safetensors")
     server.trouble, server.files["model.safetensors"] = [], LARGE[::-1]
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     assert fetch("model.safetensors").read_bytes() == LARGE[::-1] and not leftovers(folder)
 
 
 def test_a_part_longer_than_the_file_is_begun_anew(server):
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     folder.mkdir(parents=True)
     (folder / f"model.safetensors.{hashlib.sha256(LARGE).hexdigest()}.part").write_bytes(LARGE + b"!")
     assert fetch("model.safetensors").read_bytes() == LARGE and not leftovers(folder)
@@ -284,7 +284,7 @@ def test_a_part_longer_than_the_file_is_begun_anew(server):
 def test_what_stays_wrong_is_never_given_its_name(server, trouble, message):
     server.files["config.json"] += b" " * 500
     server.trouble = trouble
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     with pytest.raises(gpt.InputError, match=f"(?s){message}"):
         fetch("config.json")
     assert not (folder / "config.json").exists()
@@ -292,7 +292,7 @@ def test_what_stays_wrong_is_never_given_its_name(server, trouble, message):
 
 def test_json_that_is_none_is_not_kept(server):
     server.files["vocab.json"] = b"not json"
-    fetch, folder = hub.open_source("owner/name")
+    fetch, folder = convert_gpt2.open_source("owner/name")
     with pytest.raises(gpt.InputError, match="is not JSON"):
         fetch("vocab.json")
     assert not (folder / "vocab.json").exists()
@@ -301,37 +301,37 @@ def test_json_that_is_none_is_not_kept(server):
 def test_a_model_that_is_not_there_says_how_to_go_on(server):
     del server.files["config.json"]
     with pytest.raises(gpt.InputError, match="there is no config.json.*check the name, or save config.json"):
-        hub.open_source("owner/name")[0]("config.json")
+        convert_gpt2.open_source("owner/name")[0]("config.json")
 
 
 def test_no_network_at_all_says_how_to_go_on(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "PAUSE", 0.001)
+    monkeypatch.setattr(convert_gpt2, "PAUSE", 0.001)
     with pytest.raises(
         gpt.InputError,
         match="no connection to 127.0.0.1:9. What to do: save config.json.* from https://huggingface.co/openai",
     ):
-        hub.open_source("gpt2")[0]("config.json")
+        convert_gpt2.open_source("gpt2")[0]("config.json")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "a/b/c", "../up", "owner/", "-/x y"])
 def test_a_name_that_is_none_is_refused_without_asking_the_network(name, monkeypatch):
-    monkeypatch.setattr(hub.requests, "Session", None)
+    monkeypatch.setattr(convert_gpt2.requests, "Session", None)
     with pytest.raises(gpt.InputError, match="is neither a folder nor"):
-        hub.open_source(name)
+        convert_gpt2.open_source(name)
 
 
 def test_a_bad_endpoint_is_one_error(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
     with pytest.raises(gpt.InputError, match="Invalid URL"):
-        hub.open_source("owner/name")[0]("config.json")
+        convert_gpt2.open_source("owner/name")[0]("config.json")
 
 
 def test_a_folder_needs_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.requests, "Session", None)
+    monkeypatch.setattr(convert_gpt2.requests, "Session", None)
     (tmp_path / "mine").mkdir()
     with pytest.raises(gpt.InputError, match="mine has no config.json"):
-        hub.open_source("mine")
+        convert_gpt2.open_source("mine")
     for content, what in (
         (b"\n <!DOCTYPE html><p>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
@@ -339,9 +339,9 @@ def test_a_folder_needs_no_network(tmp_path, monkeypatch):
         (tmp_path / "mine" / "merges.txt").write_bytes(content)
         (tmp_path / "mine" / "config.json").write_text("{}")
         with pytest.raises(gpt.InputError, match=f"merges.txt is {what}"):
-            hub.open_source("mine")[0]("merges.txt")
+            convert_gpt2.open_source("mine")[0]("merges.txt")
     with pytest.raises(gpt.InputError, match="--revision goes with a model on the hub"):
-        hub.open_source("mine", "v2")
+        convert_gpt2.open_source("mine", "v2")
     (tmp_path / "mine" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    fetch, folder = hub.open_source("mine")
+    fetch, folder = convert_gpt2.open_source("mine")
     assert fetch("config.json") == folder / "config.json" and fetch("vocab.json") is None

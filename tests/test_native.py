@@ -7,12 +7,9 @@ import pytest
 import torch
 from conftest import TINY, enlarge
 
-import compiled
 import gpt
-import lora
-import native
-import quantize
 import sample
+from extras import compiled, int8, lora, native
 
 if compiled.load() is None:
     pytest.skip("there is no C compiler with OpenMP", allow_module_level=True)
@@ -44,7 +41,7 @@ def rounded(model):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2 and "wpe" not in name:
-                weight, scales = quantize.to_int8(p)
+                weight, scales = int8.to_int8(p)
                 p.copy_(weight * scales[:, None])
     return model
 
@@ -105,7 +102,7 @@ def test_in_int8_the_logits_are_nearly_those_of_the_rounded_weights(C, H, B, ste
     model, idx = shaped(C, H, n_layer=1), torch.randint(97, (B, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = rounded(model).double()(idx)[0][:, 10:]
-    found = through(native.speed_up(quantize.quantize(model)), idx, 10, step)
+    found = through(native.speed_up(int8.quantize(model)), idx, 10, step)
     assert (found - exact).square().mean().sqrt() < 0.03 * exact.std() and len(calls) == 2 * -(-14 // step)
 
 
@@ -117,10 +114,10 @@ def test_a_product_is_that_of_what_is_stored(dtype, width, out, rows, calls):
     layer, x = torch.nn.Linear(width, out), torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
     stands_for, tokens = layer.weight.detach().double(), x.double()
     if dtype == "int8":
-        weight, scales = quantize.to_int8(layer.weight.detach())
-        whole, steps = quantize.to_int8(x)
+        weight, scales = int8.to_int8(layer.weight.detach())
+        whole, steps = int8.to_int8(x)
         stands_for, tokens = weight.double() * scales[:, None].double(), whole.double() * steps[:, None].double()
-        layer = quantize.Int8Linear(weight, scales, layer.bias)
+        layer = int8.Int8Linear(weight, scales, layer.bias)
     elif dtype == "bfloat16":
         layer.weight.data = layer.weight.data.bfloat16()
         stands_for = layer.weight.detach().double()
@@ -142,7 +139,7 @@ def test_a_product_is_that_of_what_is_stored(dtype, width, out, rows, calls):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_whole_numbers_add_up(sign):
-    layer = quantize.Int8Linear(torch.full((40, 3072), 127, dtype=torch.int8), torch.full((40,), 1 / 127), None)
+    layer = int8.Int8Linear(torch.full((40, 3072), 127, dtype=torch.int8), torch.full((40,), 1 / 127), None)
     with torch.no_grad():
         assert (native.native_linear(layer)(sign * torch.ones(5, 3072)) - sign * 3072).abs().max() < 0.01
 
@@ -152,13 +149,13 @@ def test_the_largest_whole_numbers_add_up(sign):
 def test_what_is_not_finite_stays_so(dtype, damage, calls):
     x, layer = torch.ones(1, 40), torch.nn.Linear(40, 3).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     if dtype == "int8":
-        layer = quantize.Int8Linear(*quantize.to_int8(layer.weight.detach()), layer.bias)
+        layer = int8.Int8Linear(*int8.to_int8(layer.weight.detach()), layer.bias)
     x[0, 17] = damage
     with torch.no_grad():
         assert not native.native_linear(layer)(x).isfinite().any() and calls
     model = shaped(40, 5)
     model.transformer.h[1].ln_2.bias.data[3] = damage
-    model = quantize.quantize(model) if dtype == "int8" else model.to(layer.bias.dtype)
+    model = int8.quantize(model) if dtype == "int8" else model.to(layer.bias.dtype)
     assert not through(native.speed_up(model), torch.arange(5)[None], 3, 1).isfinite().any()
 
 
@@ -166,7 +163,7 @@ def test_what_is_not_finite_stays_so(dtype, damage, calls):
 @pytest.mark.parametrize("B", [1, 8, 9])
 def test_generating_goes_on_past_the_context_and_is_the_same_as_before(dtype, B, calls):
     model, idx = shaped(40, 5, block_size=12), torch.randint(97, (B, 3), generator=torch.Generator().manual_seed(0))
-    model = quantize.quantize(model) if dtype == torch.int8 else model
+    model = int8.quantize(model) if dtype == torch.int8 else model
     before = model.generate(idx, 30, temperature=0)
     assert torch.equal(native.speed_up(model).generate(idx, 30, temperature=0), before)
     assert ("gpt_blocks" in calls) == ("gpt_linear" in calls) == (B <= 8)
@@ -238,7 +235,7 @@ def test_a_cache_of_another_batch_is_no_place_to_write_to(calls):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_batch_may_lie_across_memory(dtype, calls):
     model, idx = shaped(40, 5), torch.randint(97, (6, 2), generator=torch.Generator().manual_seed(0)).T
-    model = native.speed_up(quantize.quantize(model) if dtype == "int8" else model)
+    model = native.speed_up(int8.quantize(model) if dtype == "int8" else model)
     assert torch.allclose(through(model, idx, 2, 2), through(model, idx.contiguous(), 2, 2), atol=1e-5) and calls
 
 
@@ -261,7 +258,7 @@ def test_other_types_are_left_alone(dtype, calls):
 
 
 def test_int8_beside_bfloat16_scales(calls, capsys):
-    model, idx = quantize.quantize(shaped(40, 5)).to(torch.bfloat16), torch.arange(20)[None]
+    model, idx = int8.quantize(shaped(40, 5)).to(torch.bfloat16), torch.arange(20)[None]
     assert native.speed_up(model).generate(idx, 4, temperature=0).shape == (1, 24) and calls
 
 
@@ -336,7 +333,7 @@ def test_the_loss_of_a_trained_model_stays_within_half_a_percent(prose, capsys):
     model, tokenizer = gpt.load_checkpoint("prose")
     idx = torch.tensor(tokenizer.encode(prose.read_text())[:1600]).view(-1, 16)[:96]  # windows as wide as the context
     losses = []
-    for prepared in (model, native.speed_up(quantize.quantize(copy.deepcopy(model)))):
+    for prepared in (model, native.speed_up(int8.quantize(copy.deepcopy(model)))):
         logits = torch.cat([through(prepared, rows, 1, 1)[:, :-1] for rows in idx.split(8)])  # (B, T - 2, V)
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx[:, 2:].flatten()).item())
     assert losses[0] < 3.5 and losses[0] != losses[1] == pytest.approx(losses[0], rel=0.005)

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from conftest import ROOT, script
+from conftest import CODE, ROOT, SCRIPTS, script
 
-import bench
+from bench import __main__ as bench
 
 sys.path.append(str(ROOT / "notes"))
 from reprint import run_blocks
 
 INDEX = ROOT / "notes/README.md"
 NOTES = sorted(set((ROOT / "notes").glob("*.md")) - {INDEX})
-SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_links_and_names_of_files_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     for target in regex.findall(r"\]\((?!http)([^)#]+)", text):
         assert (path.parent / target).exists(), target
-    for name in regex.findall(r"`((?:tests/|notes/)?\w+\.(?:py|md))`", text):
+    for name in regex.findall(r"`((?:\w+/)?\w+\.(?:py|md))`", text):
         assert (ROOT / name).exists(), name
 
 
@@ -50,7 +49,7 @@ def test_links_and_names_of_files_lead_somewhere(path):
 def test_functions_that_are_explained_exist(path):
     """The first paragraphs name what the note is about."""
     opening = path.read_text(encoding="utf-8").split("\n## ")[0]
-    code = "".join(script.read_text(encoding="utf-8") for script in ROOT.glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in CODE)
     names = [name for name in regex.findall(r"`(\w+)`", opening) if not Path(name).suffix]
     assert names and all(regex.search(rf"^\s*(?:def|class) {name}\b", code, regex.MULTILINE) for name in names), names
 

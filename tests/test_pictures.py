@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, TINY
 
 import gpt
-import pictures
+from notes import pictures
 
 NAMES = {"mask.png", "schedule.png", "tokens.png", "sampling.png", "attention.png", "dropout.png"}
 

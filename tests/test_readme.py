@@ -1,39 +1,33 @@
 import functools
-import os
 import shlex
 
 import pytest
 import regex
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, SCRIPTS, script
 
 import gpt
 from gpt import GPT, GPTConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands on a line of their own, in the first column of a table, and within a sentence.
-COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m \w+\.\w+)[^`\n]*)", README, regex.MULTILINE)
-COMMANDS += regex.findall(r"`(python (?:\w+\.py|-m \w+\.\w+)[^`\n]*)`", README)
-SCRIPTS = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
-    if "__main__" in path.read_text(encoding="utf-8")
-)
+COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m (?!venv)\w+)[^`\n]*)", README, regex.MULTILINE)
+COMMANDS += regex.findall(r"`(python (?:\w+\.py|-m (?!venv)\w+)[^`\n]*)`", README)
 
 
 def parse(command):
-    """A command -> the file that it runs, and what comes after it."""
+    """A command -> the script or module that it runs, and what comes after it."""
     words = shlex.split(command, comments=True)
     if "-m" in words:
         i = words.index("-m") + 1
-        return words[i].replace(".", "/") + ".py", words[i + 1 :]
+        return words[i], words[i + 1 :]
     i = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return words[i], words[i + 1 :]
 
 
 @functools.cache
 def help_of(name):
-    done = script(name, "--help", env=os.environ | {"PYTHONPATH": str(ROOT)})  # as python -m does
+    done = script(name, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,7 +77,7 @@ def test_presets_are_as_they_are():
 
 
 def test_the_table_of_mistakes_names_them_all():
-    import mistakes
+    from debug import mistakes
 
     rows = regex.findall(r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE)
     assert rows == list(mistakes.MISTAKES)
@@ -109,7 +103,7 @@ def test_shares_and_learning_rates_of_each_method_are_those_of_the_tables():
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_loss_in_the_proof_is_that_of_the_command():
-    import verify_gpt2
+    from debug import verify_gpt2
 
     model = verify_gpt2.randomize(GPT(GPTConfig.preset("gpt2")))
     idx = verify_gpt2.inputs(model.config, gpt.Tokenizer.bytes())["a paragraph"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import gpt
-import scaling
+from bench import __main__ as bench
+from bench import scaling
 from gpt import GPT, GPTConfig
 
 SHAPES = [GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40),

@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_gpt2
 import gpt
-import mistakes
-import verify_gpt2
+from debug import mistakes, verify_gpt2
 
 pytest.importorskip("transformers")
 SHAPE = {"n_positions": 210, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -160,7 +159,7 @@ def test_a_model_of_our_own_is_compared_by_way_of_the_exporter(tmp_path, capsys)
     gpt.save_checkpoint("mine", model, gpt.Tokenizer.bytes())
     assert verify("mine") == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out.splitlines()[-1])["equal"] and "as exported by export.py" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["equal"] and "as exported by extras.export" in captured.err
 
 
 def test_a_shorter_context_is_compared_within_it(both, capsys):

@@ -1,12 +1,12 @@
 """Prove that our model computes what transformers computes, or find the first place where it doesn't.
 
-    python verify_gpt2.py gpt2                          logits, loss and greedy text against transformers
-    python verify_gpt2.py gpt2 --diagnose               put in each known mistake on purpose: how visible is it?
-    python verify_gpt2.py mine --reference hf-folder    where does my own conversion differ from the published files?
-    python verify_gpt2.py gpt2 --random                 random weights of GPT-2's shape, without a download
+    python -m debug.verify_gpt2 gpt2                          logits, loss and greedy text against transformers
+    python -m debug.verify_gpt2 gpt2 --diagnose               put in each known mistake on purpose: how visible is it?
+    python -m debug.verify_gpt2 mine --reference hf-folder    where does my own conversion differ from the published files?
+    python -m debug.verify_gpt2 gpt2 --random                 random weights of GPT-2's shape, without a download
 
 The reference is transformers with the published files that the checkpoint was converted from; for a model of our own,
-with its weights as export.py writes them. Exit status 1 if the two differ.
+with its weights as extras.export writes them. Exit status 1 if the two differ.
 """
 
 import functools
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import gpt
-from convert_gpt2 import PARAGRAPH, convert
-from export import to_hf
+from convert_gpt2 import PARAGRAPH, convert, read_json
+from debug.activations import activations, places
+from debug.mistakes import MISTAKES, making
+from extras.export import to_hf
 from gpt import GPT, GPTConfig, InputError, Tokenizer, command, find_checkpoint, load_checkpoint, log, require
-from hub import read_json
-from mistakes import MISTAKES, making
 
 TOLERANCE = 1e-5  # largest relative error of float32 logits: max |difference| / max |reference|
 
@@ -156,51 +156,7 @@ def show(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where two computations first differ. The modules of both models have the same names, so their activations compare.
-
-STEPS = [
-    ("ln_1", "in", "the residual stream"),
-    ("ln_1", "out", "LayerNorm 1"),
-    ("attn.c_attn", "out", "queries, keys, values"),
-    ("attn.c_proj", "in", "attention: scores, scaling, mask, softmax"),
-    ("attn.c_proj", "out", "attention's projection"),
-    ("ln_2", "in", "the residual sum after attention"),
-    ("ln_2", "out", "LayerNorm 2"),
-    ("mlp.c_fc", "out", "the MLP's first layer"),
-    ("mlp.c_proj", "in", "GELU"),
-    ("mlp.c_proj", "out", "the MLP's second layer"),
-]
-
-
-def places(n_layer):
-    """All places to compare, in the order of the computation: (module, side, what is computed there)."""
-    yield "transformer.wte", "out", "token embedding"
-    yield "transformer.drop", "out", "token plus position embedding"
-    for i in range(n_layer):
-        yield from ((f"transformer.h.{i}.{module}", side, f"block {i}, {what}") for module, side, what in STEPS)
-    yield "transformer.ln_f", "in", "the residual stream after the last block"
-    yield "transformer.ln_f", "out", "the final LayerNorm"
-    yield "lm_head", "out", "the head"
-
-
-@torch.no_grad()
-def activations(model, idx):
-    """The inputs and outputs of all these modules: {(module, side): tensor}."""
-    seen = {}
-    hooks = []
-    for name, side, _ in places(model.config.n_layer):
-
-        def note(module, inputs, output=None, key=(name, side)):
-            seen[key] = (inputs[0] if output is None else output).detach().clone()
-
-        module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(note) if side == "in" else module.register_forward_hook(note))
-    try:
-        model(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+# Where two computations first differ.
 
 
 def parting(ours, reference, n_layer):
@@ -259,7 +215,9 @@ def find_model(args, scratch):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="verify_gpt2.py", description="Prove that our model computes what transformers computes.")
+    parser = gpt.Parser(
+        prog="python -m debug.verify_gpt2", description="Prove that our model computes what transformers computes."
+    )
     add = parser.add_argument
     add("name", nargs="?", default="gpt2", help="a checkpoint, or a folder of published files (default: gpt2)")
     add("--reference", help="folder of published files (default: what the checkpoint was converted from)")
@@ -281,7 +239,7 @@ def main(argv=None):
             rows = diagnose(model, tokenizer, args.new_tokens)
             return print("\n".join(map(json.dumps, rows))) if args.json else show_mistakes(rows)
         folder = args.reference or folder
-        log(f"reference: transformers in float64, with {folder or 'our weights as exported by export.py'}")
+        log(f"reference: transformers in float64, with {folder or 'our weights as exported by extras.export'}")
         with reference_of(model, tokenizer, folder) as reference:
             rows = compare(model, reference, tokenizer, args.new_tokens)
             errors = torch.tensor([row["relative_error"] for row in rows[:-1]], dtype=torch.float64)

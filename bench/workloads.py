@@ -1,4 +1,4 @@
-"""What bench.py times of this project: a step of training or fine-tuning, a generation.
+"""What python -m bench times of this project: a step of training, a generation.
 
 Each function returns one that makes a step; peers.py has the same for what a user would take instead.
 """
@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 import gpt
-import native
-import peers
-import quantize
-import scaling
+from bench import peers, scaling
+from extras import int8, native
 from gpt import GPT, GPTConfig, log
 
 
@@ -50,15 +48,6 @@ def stepping(model, data, config, optimizers=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1.
-
-
-def tune(method, blocks=2):
-    import finetune
-
-    config = finetune.FinetuneConfig(data=["-"], method=method, blocks=blocks, batch_size=2, block_size=128)
-    model = GPT(GPTConfig.preset("gpt2"))
-    finetune.choose(model, config)
-    return stepping(model, windows(50257, 128), config)
 
 
 def tune_transformers(settings=lambda: None):
@@ -176,14 +165,12 @@ PROMPT, NEW = 16, 200
 
 def generate(dtype, streams=1, prompt=PROMPT, new=None, peer=None, in_c=False):
     new = new or NEW
-    if peer == "llama.cpp":
-        return peers.generate_llama(dtype, prompt, new)
     if peer == "CTranslate2":
         return peers.generate_ctranslate2(dtype, prompt, new)
     if peer == "transformers":
         return peers.generate(dtype, streams, prompt, new)
     model = GPT(GPTConfig.preset("gpt2")).eval()
-    model = quantize.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+    model = int8.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     model = native.speed_up(model) if in_c else model
     idx = torch.arange(prompt).repeat(streams, 1)
     return lambda number: model.generate(idx + number, peers.tokens_of(number, new), temperature=0)

@@ -10,9 +10,8 @@ import ctypes
 import torch
 from torch import nn
 
-from compiled import load
+from extras.compiled import load
 from gpt import resolve_dtype
-from quantize import Int8Linear
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_ROWS = 8  # as in native.c
@@ -111,7 +110,8 @@ def speed_up(model):
     """
     layers = [layer for block in model.transformer.h for layer in (*block.attn.children(), *block.mlp.children())]
     layers = [layer for layer in [*layers, model.lm_head] if hasattr(layer, "weight")]
-    plain = all(type(layer) in (nn.Linear, Int8Linear) and layer.weight.dtype in TYPES for layer in layers)
+    known = [type(layer) is nn.Linear or hasattr(layer, "scales") for layer in layers]  # or of int8, without an adapter
+    plain = all(known) and all(layer.weight.dtype in TYPES for layer in layers)
     if plain and model.transformer.wpe.weight.device.type == "cpu" and load():
         model.hidden = native_hidden(model)
         model.lm_head.forward = native_linear(model.lm_head)

@@ -3,7 +3,7 @@
     with making(model, "mask off by one"):
         logits, _ = model(idx)
 
-verify_gpt2.py --diagnose shows what each of them does to the logits, the loss and the text.
+python -m debug.verify_gpt2 --diagnose shows what each of them does to the logits, the loss and the text.
 """
 
 from contextlib import ExitStack, contextmanager

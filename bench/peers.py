@@ -1,4 +1,4 @@
-"""The alternatives to this project that bench.py times: transformers, llama.cpp, CTranslate2.
+"""The alternatives to this project that python -m bench times: transformers, llama.cpp, CTranslate2.
 
 Each function returns one that makes a step: of training, in the plain loop that a user of transformers would write, or
 of generation.
@@ -6,14 +6,12 @@ of generation.
 
 import math
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import gpt
-from gpt import GPT, GPTConfig
 
 
 def train(config, data, batch_size, settings=lambda: None, rate=lambda number: 1e-4):
@@ -85,16 +83,11 @@ def generate(dtype, streams, prompt, new):
     return lambda number: model.generate(idx + number, max_new_tokens=tokens_of(number, new), **options)
 
 
-def generate_llama(dtype, prompt, new):
-    """llama.cpp, by way of export.py, where llama-cpp-python is installed."""
+def generate_llama(file, prompt, new):
+    """llama.cpp with a GGUF file, where llama-cpp-python is installed."""
     from llama_cpp import Llama
 
-    import export
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = gpt.Tokenizer({bytes([i]) if i < 256 else b"%d," % i: i for i in range(50256)}, "bpe")
-        export.to_gguf(GPT(GPTConfig.preset("gpt2")), tokenizer, Path(folder) / "gpt2.gguf", dtype)
-        model = Llama(str(Path(folder) / "gpt2.gguf"), n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
+    model = Llama(str(file), n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
 
     def step(number):
         model.reset()

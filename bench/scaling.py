@@ -1,6 +1,6 @@
 """How the cost of training grows: closed forms for parameters, arithmetic and memory, and measurements.
 
-bench.py --scaling measures, and bench.py --plan applies the closed forms to larger machines. The tests compare each
+python -m bench --scaling measures, and --plan applies the closed forms to larger machines. The tests compare each
 form with what PyTorch counts and keeps, at small sizes, to the last byte.
 """
 

@@ -6,9 +6,9 @@ from conftest import TINY, enlarge
 
 import evaluate
 import gpt
-import quantize
 import sample
-from quantize import Int8Linear
+from extras import int8
+from extras.int8 import Int8Linear
 
 
 @pytest.mark.parametrize("rows", [1, 9])
@@ -44,10 +44,10 @@ NEEDS_VNNI = pytest.mark.skipif(not VNNI, reason="this processor adds whole numb
 def test_a_product_of_whole_numbers_is_that_of_rounded_weights_and_rounded_tokens(rows, width, out):
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(width, out), torch.randn(2, rows, width) * torch.logspace(-3, 3, rows)[:, None]
-    weight, scales = quantize.to_int8(linear.weight.detach())
+    weight, scales = int8.to_int8(linear.weight.detach())
     layer = Int8Linear(weight, scales, linear.bias)
     layer.whole_numbers = True
-    tokens, steps = quantize.to_int8(x.flatten(0, 1))
+    tokens, steps = int8.to_int8(x.flatten(0, 1))
     exact = (tokens.double() * steps[:, None].double() if width > 1 else x.flatten(0, 1).double()) @ (
         weight.double() * scales[:, None].double()
     ).T
@@ -65,7 +65,7 @@ def test_a_product_is_nearly_that_of_the_rounded_weights(rows, width, out, whole
     """Whole numbers; or few rows through the kernel for bfloat16, many or odd ones through unpacked weights."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(width, out), torch.randn(2, rows, width)
-    weight, scales = quantize.to_int8(linear.weight.detach())
+    weight, scales = int8.to_int8(linear.weight.detach())
     exact = torch.nn.functional.linear(x.double(), weight.double() * scales.double()[:, None], linear.bias.double())
     layer = Int8Linear(weight, scales, linear.bias)
     layer.whole_numbers = whole_numbers
@@ -78,16 +78,16 @@ def test_a_product_is_nearly_that_of_the_rounded_weights(rows, width, out, whole
 
 def test_each_weight_is_off_by_half_a_step_at_most():
     weight = torch.randn(30, 40) * torch.logspace(-3, 3, 30)[:, None]
-    rounded, scales = quantize.to_int8(weight)
+    rounded, scales = int8.to_int8(weight)
     assert rounded.dtype == torch.int8 and (rounded.abs().amax(1) == 127).all()
     assert ((rounded * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
-    assert (quantize.to_int8(torch.zeros(2, 3))[0] == 0).all(), "a row of zeros stays one"
+    assert (int8.to_int8(torch.zeros(2, 3))[0] == 0).all(), "a row of zeros stays one"
 
 
 def test_a_model_in_int8_thinks_nearly_the_same(small):
     idx = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
     before = small(idx)[0]
-    model = quantize.quantize(copy.deepcopy(small))
+    model = int8.quantize(copy.deepcopy(small))
     after = model(idx)[0]
     assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
     assert model.lm_head.weight is model.transformer.wte.weight, "one tensor, as before"
@@ -97,7 +97,7 @@ def test_a_model_in_int8_thinks_nearly_the_same(small):
 
 def test_generating_in_int8_is_the_same_with_and_without_the_cache():
     config = gpt.GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
-    model, idx = quantize.quantize(enlarge(gpt.GPT(config))), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    model, idx = int8.quantize(enlarge(gpt.GPT(config))), torch.tensor([[1, 2, 3], [4, 5, 6]])
     whole = idx
     for _ in range(10):
         whole = torch.cat([whole, model(whole)[0][:, -1:].argmax(dim=-1)], dim=1)

@@ -1,8 +1,8 @@
 """A checkpoint -> files for transformers or llama.cpp, with the same logits and the same tokens there.
 
-    python export.py scratch --format hf --out my-model           a folder for AutoModelForCausalLM and AutoTokenizer
-    python export.py gpt2 --format gguf --out gpt2.gguf           a file for llama.cpp (pip install gguf)
-    python export.py gpt2 --format gguf --dtype q8_0 --out gpt2-q8_0.gguf
+    python -m extras.export scratch --format hf --out my-model           a folder for AutoModelForCausalLM and AutoTokenizer
+    python -m extras.export gpt2 --format gguf --out gpt2.gguf           a file for llama.cpp (pip install gguf)
+    python -m extras.export gpt2 --format gguf --dtype q8_0 --out gpt2-q8_0.gguf
 
 convert_gpt2.py reads what --format hf writes, and gives back the same checkpoint, bit for bit.
 """
@@ -151,7 +151,7 @@ def to_gguf(model, tokenizer, out, dtype):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="export.py", description="A checkpoint -> transformers or llama.cpp.")
+    parser = gpt.Parser(prog="python -m extras.export", description="A checkpoint -> transformers or llama.cpp.")
     parser.add_argument("model", help="a checkpoint's folder, or its name under checkpoints/")
     formats = {"hf": "a folder for transformers", "gguf": "a file for llama.cpp"}
     parser.add_argument("--format", required=True, choices=formats, help="; ".join(map(": ".join, formats.items())))

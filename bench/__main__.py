@@ -1,14 +1,14 @@
 """Speed and memory, compared with the alternatives in one run; look at the ratios, as machines and their load differ.
 
-    python bench.py                               train a small model, and generate with GPT-2 (124M, random weights)
-    python bench.py train-large train-gpt2        training at larger shapes
-    python bench.py train-dropout                 training with dropout
-    python bench.py generate-8                    eight streams at once
-    python bench.py quality                       training on Shakespeare until it matches nanoGPT's recipe for a CPU
-    python bench.py finetune                      adapting GPT-2
-    python bench.py --profile                     where the time of a step goes
-    python bench.py --scaling                     how time and memory grow with context, width, depth, batch and text
-    python bench.py --plan                        GPT-2's four sizes on 8 and 64 GPUs, by closed forms
+    python -m bench                               train a small model, and generate with GPT-2 (124M, random weights)
+    python -m bench train-large train-gpt2        training at larger shapes
+    python -m bench train-dropout                 training with dropout
+    python -m bench generate-8                    eight streams at once
+    python -m bench quality                       training on Shakespeare until it matches nanoGPT's recipe for a CPU
+    python -m bench finetune                      adapting GPT-2
+    python -m bench --profile                     where the time of a step goes
+    python -m bench --scaling                     how time and memory grow with context, width, depth, batch and text
+    python -m bench --plan                        GPT-2's four sizes on 8 and 64 GPUs, by closed forms
 
 Each workload runs in a process of its own, several times, in turn with the others. The lowest median of its steps
 counts, and the highest peak in memory, less what the process took with its libraries loaded.
@@ -22,16 +22,17 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 import gpt
-import scaling
-from gpt import InputError, command, log, require
-from workloads import (
+from bench import peers, scaling
+from bench.workloads import (
     NEW,
+    PROMPT,
     SHAPES,
     generate,
     profiled,
@@ -40,10 +41,11 @@ from workloads import (
     train,
     train_tiny,
     train_with_muon,
-    tune,
     tune_transformers,
     validating,
+    windows,
 )
+from gpt import GPT, GPTConfig, InputError, command, log, require
 
 
 def processor():
@@ -72,6 +74,27 @@ class Part:
     size: float  # units in a step
     steps: int  # how many a workload makes, after one to warm up
     workloads: dict
+
+
+def tune(method, blocks=2):
+    """Fine-tuning at GPT-2's size: batch 2, context 128, dropout 0.1."""
+    import finetune
+
+    config = finetune.FinetuneConfig(data=["-"], method=method, blocks=blocks, batch_size=2, block_size=128)
+    model = GPT(GPTConfig.preset("gpt2"))
+    finetune.choose(model, config)
+    return stepping(model, windows(50257, 128), config)
+
+
+def generate_llama(dtype):
+    """llama.cpp, with a file of extras.export's."""
+    from extras.export import to_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "gpt2.gguf")
+        tokenizer = gpt.Tokenizer({bytes([i]) if i < 256 else b"%d," % i: i for i in range(50256)}, "bpe")
+        to_gguf(GPT(GPTConfig.preset("gpt2")), tokenizer, file, dtype)
+        return peers.generate_llama(file, PROMPT, NEW)
 
 
 def training_part(name, steps):
@@ -129,9 +152,9 @@ PARTS = {
         "sample.py, int8": lambda: generate("int8", in_c=True),
         "CTranslate2, float32": lambda: generate("float32", peer="CTranslate2"),
         "CTranslate2, int8": lambda: generate("int8", peer="CTranslate2"),
-        "llama.cpp, f32": lambda: generate("float32", peer="llama.cpp"),
-        "llama.cpp, f16": lambda: generate("float16", peer="llama.cpp"),
-        "llama.cpp, q8_0": lambda: generate("q8_0", peer="llama.cpp"),
+        "llama.cpp, f32": lambda: generate_llama("float32"),
+        "llama.cpp, f16": lambda: generate_llama("float16"),
+        "llama.cpp, q8_0": lambda: generate_llama("q8_0"),
     }),
     "generate-8": Part("tokens/s", 8 * NEW, 1, {
         "transformers, float32": lambda: generate("float32", 8, peer="transformers"),
@@ -180,7 +203,17 @@ def measure(name, part, rounds, steps):
                 continue
             log(f"{name}, round {turn + 1} of {rounds}: {workload}")
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if workload == TWO else []
-            script = [sys.executable, *launch, __file__, name, "--only", workload, "--steps", str(steps or part.steps)]
+            script = [
+                sys.executable,
+                *launch,
+                "-m",
+                "bench",
+                name,
+                "--only",
+                workload,
+                "--steps",
+                str(steps or part.steps),
+            ]
             done = subprocess.run(script, capture_output=True, text=True, check=False)
             require(done.returncode == 0, f"{workload}: {done.stderr.strip().removeprefix('error: ')[-500:]}")
             found = json.loads(done.stdout.splitlines()[-1])
@@ -192,7 +225,9 @@ def measure(name, part, rounds, steps):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="bench.py", description="Speed and memory, compared with the alternatives in one run.")
+    parser = gpt.Parser(
+        prog="python -m bench", description="Speed and memory, compared with the alternatives in one run."
+    )
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (default: train generate)"
     )

@@ -3,7 +3,7 @@
 python gpt.py --preset shakespeare-10min
 python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0.15 --out checkpoints/dropout
 python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out checkpoints/no-dropout
-python pictures.py --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
+python -m notes.pictures --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
 """
 
 import csv
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+import explore
 import gpt
-import lens
 from gpt import InputError, TrainConfig, command, load_checkpoint, require
 
 SENTENCE = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate."
@@ -141,7 +141,9 @@ def draw_curves(runs, path):
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="pictures.py", description="Draw the pictures of the notes from our own models.")
+    parser = gpt.Parser(
+        prog="python -m notes.pictures", description="Draw the pictures of the notes from our own models."
+    )
     parser.add_argument(
         "--model", default="shakespeare", help="whose attention and distributions (default: shakespeare)"
     )
@@ -165,8 +167,8 @@ def main(argv=None):
     draw_schedule(folder / "schedule.png")
     draw_tokens(vocabularies, folder / "tokens.png")
     draw_sampling(model, tokenizer, folder / "sampling.png")
-    found, attention = lens.inspect(model, tokenizer, "ROMEO:\nMy love, I will not speak of it.")
-    lens.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], folder / "attention.png")
+    found, attention = explore.inspect(model, tokenizer, "ROMEO:\nMy love, I will not speak of it.")
+    explore.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], folder / "attention.png")
     if runs:
         draw_curves(runs, folder / "dropout.png")
     print(f"the pictures are in {folder}")
