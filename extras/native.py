@@ -67,7 +67,7 @@ def native_hidden(model):
         B, T = idx.shape
         past, room = (caches[0].length, caches[0].max_length) if caches else (0, 0)
         begun = past > 0 and len(caches[0].k) == B and caches[0].k.dtype in (torch.float32, torch.bfloat16)
-        fits = past + T <= min(room, model.config.block_size) and idx.max() < model.config.vocab_size and B * T <= most
+        fits = past + T <= min(room, model.config.block_size) and idx.max() < model.config.vocab_size and most >= B * T
         if not (begun and fits) or torch.is_grad_enabled() or model.training:
             return original(idx, caches)
         embedded = parts.wte(idx) + parts.wpe.weight[past : past + T]  # (B, T, C) + (T, C)

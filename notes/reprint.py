@@ -27,7 +27,7 @@ def run_blocks(text, name):
         printed = io.StringIO()
         line_numbers = "\n" * text.count("\n", 0, block.start(1))  # tracebacks name the line of the note
         with contextlib.redirect_stdout(printed):
-            exec(compile(line_numbers + block[1], name, "exec"), names)  # noqa: S102  (our own notes)
+            exec(compile(line_numbers + block[1], name, "exec"), names)
         yield block[1], block[2] or "", printed.getvalue()
 
 
@@ -47,7 +47,7 @@ def main():
             blocks = []
             for code, _, printed in run_blocks(text, path.name):
                 blocks.append(f"```python\n{code}```\n" + (f"\n```\n{printed}```\n" if printed else ""))
-        except Exception:  # noqa: BLE001  (whatever a block raises)
+        except Exception:
             print(f"{path.name} is left as it is:\n{traceback.format_exc()}")
             continue
         new = BLOCKS.sub(lambda _, left=iter(blocks): next(left), text)  # noqa: B008

@@ -8,7 +8,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work do not take the processor from other programs
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that wait for work do not take the processor from other programs
 
 import pytest
 import torch
@@ -16,8 +18,15 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [path for folder in (".", "debug", "extras", "bench") for path in sorted(ROOT.joinpath(folder).glob("*.py"))]
-SCRIPTS = [path.relative_to(ROOT) for path in [*CODE, ROOT / "notes/pictures.py"] if "\nif __name__" in path.read_text(encoding="utf-8")]
-SCRIPTS = [path.name if path.parent == Path() else ".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in SCRIPTS]
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for path in [*CODE, ROOT / "notes/pictures.py"]
+    if "\nif __name__" in path.read_text(encoding="utf-8")
+]
+SCRIPTS = [
+    path.name if path.parent == Path() else ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+    for path in SCRIPTS
+]
 sys.path.insert(0, str(ROOT))
 SHARED_VOCABULARY = ROOT.parent / "shared" / "tiktoken_cache"
 if SHARED_VOCABULARY.is_dir():
@@ -176,6 +185,8 @@ def check_files(folder, interval=4):
             json.loads(path.read_text())
         elif path.suffix == ".csv":
             rows = list(csv.DictReader(path.open()))
-            assert [int(row["step"]) for row in rows] == list(range(0, interval * len(rows), interval)) and None not in rows[-1].values()
+            assert [int(row["step"]) for row in rows] == list(
+                range(0, interval * len(rows), interval)
+            ) and None not in rows[-1].values()
         elif path.suffix == ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")

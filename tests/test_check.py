@@ -17,7 +17,11 @@ run = functools.partial(run_main, check.main, "--device", "cpu")
 def test_sound_code_passes_every_check(mine, capsys):
     run("--model", "mine", "--data", "words.txt", expect=0)
     out, err = capsys.readouterr()
-    assert out.count("ok   ") == len(check.CHECKS) and "FAIL" not in out and f"all {len(check.CHECKS)} checks passed" in err
+    assert (
+        out.count("ok   ") == len(check.CHECKS)
+        and "FAIL" not in out
+        and f"all {len(check.CHECKS)} checks passed" in err
+    )
     assert out.count("healthy: ") == len(check.CHECKS) and "Python" in err and "torch" in err
 
 
@@ -49,7 +53,9 @@ def blind_mask(monkeypatch):
 
 def only_fused_broken(monkeypatch):
     original = gpt.F.scaled_dot_product_attention
-    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda q, k, v, mask=None, p=0.0, is_causal=False: original(q, k, v))
+    monkeypatch.setattr(
+        gpt.F, "scaled_dot_product_attention", lambda q, k, v, mask=None, p=0.0, is_causal=False: original(q, k, v)
+    )
 
 
 def only_written_out_broken(monkeypatch):
@@ -142,7 +148,11 @@ def forgetful_cache(monkeypatch):
 
 def lossy_file(monkeypatch):
     original = gpt.save_file
-    monkeypatch.setattr(gpt, "save_file", lambda tensors, *rest: original({name: p.half().float() for name, p in tensors.items()}, *rest))
+    monkeypatch.setattr(
+        gpt,
+        "save_file",
+        lambda tensors, *rest: original({name: p.half().float() for name, p in tensors.items()}, *rest),
+    )
 
 
 def aligned_to_the_top_left(monkeypatch):
@@ -223,7 +233,11 @@ def test_each_way_to_break_the_code_fails_its_check(mine, capsys, monkeypatch, b
     out, err = capsys.readouterr()
     failed = {row["check"] for row in map(json.loads, out.splitlines()) if not row["ok"]}
     assert failed >= BREAKAGES[breakage] and f"{len(failed)} of {len(check.CHECKS)} checks failed" in err
-    if breakage not in (blind_mask, left_in_training, silent_error):  # nothing is sound where every number is NaN, noise or an error
+    if breakage not in (
+        blind_mask,
+        left_in_training,
+        silent_error,
+    ):  # nothing is sound where every number is NaN, noise or an error
         assert failed == BREAKAGES[breakage]
 
 
@@ -238,14 +252,20 @@ def test_the_smallest_models_pass_too(words, capsys, shape):
 def test_every_check_can_fail():
     assert set().union(*BREAKAGES.values()) == set(check.CHECKS)
     readme = (ROOT / "README.md").read_text()
-    assert (len(check.CHECKS), len(BREAKAGES)) == (15, 22) and "fifteen things" in readme and "in twenty-two ways" in readme
+    assert (
+        (len(check.CHECKS), len(BREAKAGES)) == (15, 22)
+        and "fifteen things" in readme
+        and "in twenty-two ways" in readme
+    )
 
 
 def test_new_models_of_any_width_begin_with_a_healthy_loss(words):
     for width, vocabulary, context in ((768, 257, 64), (1600, 257, 1), (192, 1024, 8), (16, 300, 3)):
         config = gpt.GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=2, n_head=1, n_embd=width)
         tokens = np.array(gpt.Tokenizer.bytes().encode(words))
-        subject = check.Subject(config, gpt.GPT(config).eval(), gpt.Tokenizer.bytes(), ["words.txt"], 1000, tokens, tokens)
+        subject = check.Subject(
+            config, gpt.GPT(config).eval(), gpt.Tokenizer.bytes(), ["words.txt"], 1000, tokens, tokens
+        )
         assert check.first_loss(subject)[2], check.first_loss(subject)
 
 

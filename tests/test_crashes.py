@@ -42,7 +42,7 @@ def result_of(folder):
     return facts, tensors | {f"best {name}": p for name, p in parameters_of(folder).items()}
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(prose, kills):
     whole = started([*FLAGS, "--out", "whole"])
     whole.join(120)

@@ -17,7 +17,9 @@ def log(val, train=None):
     folder.mkdir(exist_ok=True)
     train = train or val
     lines = [f"{100 * i},{i},1.0,0.001,{t},{v},{v / 2},1.0" for i, (t, v) in enumerate(zip(train, val, strict=True))]
-    (folder / "log.csv").write_text("\n".join(["step,tokens,seconds,lr,train_loss,val_loss,val_bits_per_byte,grad_norm", *lines]) + "\n")
+    (folder / "log.csv").write_text(
+        "\n".join(["step,tokens,seconds,lr,train_loss,val_loss,val_bits_per_byte,grad_norm", *lines]) + "\n"
+    )
     return folder
 
 
@@ -47,10 +49,25 @@ def test_what_a_curve_shows_is_said_in_words_and_drawn(own_folder, what, capsys)
 
 
 MORE_CURVES = [  # validation, training, what it shows, from which step on
-    ([6, 5, 4, 3.5, 3, 2.8, 2.9], [6, 5, 4, 3.5, 3, 2.8, 2.7], "still falling", 600),  # one worse validation is no overfitting
-    ([3.0, 2.8, 2.7, 2.75, 2.9, 3.1, 3.3], [math.nan, 2.9, 2.4, 2.0, 1.7, 1.4, 1.2], "overfitting", 200),  # beyond where it began
+    (
+        [6, 5, 4, 3.5, 3, 2.8, 2.9],
+        [6, 5, 4, 3.5, 3, 2.8, 2.7],
+        "still falling",
+        600,
+    ),  # one worse validation is no overfitting
+    (
+        [3.0, 2.8, 2.7, 2.75, 2.9, 3.1, 3.3],
+        [math.nan, 2.9, 2.4, 2.0, 1.7, 1.4, 1.2],
+        "overfitting",
+        200,
+    ),  # beyond where it began
     ([2.0, 2.2, 2.4, 2.6, 2.9], [math.nan, 1.9, 1.5, 1.2, 1.0], "overfitting", 0),
-    ([10.9, 6, 4, 3.5, 7.4, 7.3, 7.2, 7.1, 7.0], [math.nan, 8, 5, 4, 7, 7.4, 7.3, 7.2, 7.1], "diverged", 300),  # still below the start
+    (
+        [10.9, 6, 4, 3.5, 7.4, 7.3, 7.2, 7.1, 7.0],
+        [math.nan, 8, 5, 4, 7, 7.4, 7.3, 7.2, 7.1],
+        "diverged",
+        300,
+    ),  # still below the start
     ([10.9, 6, 4, 3.5, 7.1, 7.1, 7.1, 7.1, 7.1], [math.nan, 8, 5, 4, 7, 7.1, 7.1, 7.1, 7.1], "diverged", 300),
     ([2.300, 2.3003, 2.2998, 2.3001, 2.2999, 2.3002, 2.2997, 2.3], None, "plateau", 500),  # noise
     ([math.nan, 5, 4, 3, 2], None, "diverged", 0),
@@ -75,7 +92,9 @@ def test_without_a_place_for_the_picture_the_words_still_come(own_folder, capsys
 def test_a_loss_that_is_no_number_is_a_divergence(own_folder, capsys):
     run(log([6, 5, math.nan, 4, 3, 2]), "--json")
     (found,) = rows_of(capsys)
-    assert found["found"][0]["what"] == "diverged" and found["found"][0]["step"] == 200 and found["best"]["val_loss"] == 2
+    assert (
+        found["found"][0]["what"] == "diverged" and found["found"][0]["step"] == 200 and found["best"]["val_loss"] == 2
+    )
 
 
 def test_the_log_of_a_real_run_is_read(words, capsys):
@@ -97,7 +116,10 @@ LOGS = {
     "nothing": (None, "there is no run/log.csv"),
     "empty": ("", "line 1, is not that of a training log"),
     "other columns": ("a,b\n1,2\n", "line 1, is not that of a training log"),
-    "words": ("step,train_loss,val_loss,val_bits_per_byte\n0,1,2,3\n1,x,2,3\n", "line 3, is not that of a training log"),
+    "words": (
+        "step,train_loss,val_loss,val_bits_per_byte\n0,1,2,3\n1,x,2,3\n",
+        "line 3, is not that of a training log",
+    ),
     "half a line": ("step,train_loss,val_loss,val_bits_per_byte\n0,1\n", "line 2, is not that of a training log"),
     "bytes": (b"\xff\xfe\x00", "run/log.csv is not UTF-8 text"),
 }
@@ -111,4 +133,9 @@ def test_an_unreadable_log_is_one_line_and_status_2(own_folder, case, capsys):
         Path("run/log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     run("run", expect=2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error and not Path("run/curve.png").exists()
+    assert (
+        error.startswith("error: ")
+        and error.count("\n") == 1
+        and message in error
+        and not Path("run/curve.png").exists()
+    )

@@ -25,7 +25,11 @@ def scored_by_transformers(folder, ids, context, stride):
             logs = model(window).logits[0].log_softmax(-1)
         for at, row in enumerate(logs):
             if done <= start + at + 1 < len(ids):
-                nats, hits, done = nats - row[ids[start + at + 1]].item(), hits + (row.argmax() == ids[start + at + 1]).item(), done + 1
+                nats, hits, done = (
+                    nats - row[ids[start + at + 1]].item(),
+                    hits + (row.argmax() == ids[start + at + 1]).item(),
+                    done + 1,
+                )
     assert done == len(ids)
     return nats, hits
 
@@ -36,7 +40,19 @@ def test_figures_are_those_of_an_independent_computation(mine, capsys, context, 
     Path("held_out.txt").write_text(text)
     export.main(["mine", "--format", "hf", "--out", "theirs"])
     capsys.readouterr()
-    run("--model", "mine", "--data", "held_out.txt", "--context", context, "--stride", stride, "--dtype", "float32", "--json")
+    run(
+        "--model",
+        "mine",
+        "--data",
+        "held_out.txt",
+        "--context",
+        context,
+        "--stride",
+        stride,
+        "--dtype",
+        "float32",
+        "--json",
+    )
     (row,) = rows_of(capsys)
     nats, hits = scored_by_transformers("theirs", [256, *text.encode()], context, stride)
     assert row["tokens"] == len(text) and row["parameters"] == sum(p.numel() for p in mine.parameters())
@@ -74,10 +90,16 @@ def test_bits_per_byte_compare_models_of_different_vocabularies(mine, words, cap
     rows = rows_of(capsys)
     assert rows[0]["tokens"] != rows[1]["tokens"] == len(tokenizer.encode(words))
     for row in rows:
-        assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / len(words.encode()), rel=1e-6)
+        assert row["bits_per_byte"] == pytest.approx(
+            row["loss"] * row["tokens"] / math.log(2) / len(words.encode()), rel=1e-6
+        )
     run("--model", "mine", "other", "--data", "words.txt")
     table = capsys.readouterr().out.splitlines()
-    assert table[1].split()[0] == "mine" and f"{rows[1]['bits_per_byte']:.4f}" in table[2] and "all tokens but the first" in table[-1]
+    assert (
+        table[1].split()[0] == "mine"
+        and f"{rows[1]['bits_per_byte']:.4f}" in table[2]
+        and "all tokens but the first" in table[-1]
+    )
     assert table[4] == "other: words.txt; windows of 16 tokens, 16 apart"
 
 
@@ -88,12 +110,24 @@ BAD = {
     "empty text": (["--model", "mine", "--data", "empty.txt"], "empty.txt is shorter than two tokens"),
     "one token": (["--model", "mine", "--data", "one.txt"], "one.txt is shorter than two tokens"),
     "not there": (["--model", "mine", "--data", "nowhere.txt"], "there is no text file nowhere.txt"),
-    "context too large": (["--model", "mine", "--data", "words.txt", "--context", "33"], "--context 33 does not fit mine: 1 to 32"),
-    "no context": (["--model", "mine", "--data", "words.txt", "--context", "0"], "--context 0 does not fit mine: 1 to 32"),
-    "stride too large": (["--model", "mine", "--data", "words.txt", "--context", "8", "--stride", "9"], "--stride 9 would skip tokens"),
+    "context too large": (
+        ["--model", "mine", "--data", "words.txt", "--context", "33"],
+        "--context 33 does not fit mine: 1 to 32",
+    ),
+    "no context": (
+        ["--model", "mine", "--data", "words.txt", "--context", "0"],
+        "--context 0 does not fit mine: 1 to 32",
+    ),
+    "stride too large": (
+        ["--model", "mine", "--data", "words.txt", "--context", "8", "--stride", "9"],
+        "--stride 9 would skip tokens",
+    ),
     "no stride": (["--model", "mine", "--data", "words.txt", "--stride", "0"], "--stride 0 would skip tokens"),
     "negative batch": (["--model", "mine", "--data", "words.txt", "--batch_size", "-1"], "--batch_size is -1"),
-    "one of them missing": (["--model", "mine", "nobody", "--data", "words.txt", "--json"], "there is no checkpoint nobody"),
+    "one of them missing": (
+        ["--model", "mine", "nobody", "--data", "words.txt", "--json"],
+        "there is no checkpoint nobody",
+    ),
     "no device": (["--model", "mine", "--data", "words.txt", "--device", "abacus"], "device 'abacus' is not available"),
     "NUL": (["--model", "mine", "--data", "nul.txt"], "nul.txt has NUL bytes"),
     "unknown": (["--modle", "mine"], "did you mean --model?"),

@@ -27,8 +27,13 @@ def test_what_is_seen_inside_is_what_transformers_sees(mine, capsys):
         assert (attention - torch.cat(seen.attentions)).abs().max() < 1e-5
         logs = seen.logits[0].log_softmax(-1)
         for at, row in enumerate(found["tokens"][1:], 1):
-            assert row["entropy"] == pytest.approx(torch.distributions.Categorical(logits=logs[at - 1]).entropy().item(), rel=1e-4)
-            expected = [bytes([i]).decode(errors="replace") if i < 256 else gpt.EOT for i in logs[at - 1].argsort(descending=True)[:5]]
+            assert row["entropy"] == pytest.approx(
+                torch.distributions.Categorical(logits=logs[at - 1]).entropy().item(), rel=1e-4
+            )
+            expected = [
+                bytes([i]).decode(errors="replace") if i < 256 else gpt.EOT
+                for i in logs[at - 1].argsort(descending=True)[:5]
+            ]
             assert [one["token"] for one in row["expected"]] == expected
             assert row["expected"][0]["p"] == pytest.approx(logs[at - 1].max().exp().item(), rel=1e-4)
             if at < len(ids):
@@ -45,7 +50,10 @@ def test_what_is_seen_inside_is_what_transformers_sees(mine, capsys):
             assert row["norm"] == pytest.approx(hidden[0].norm(dim=-1).mean().item(), rel=1e-4)
             said = theirs.lm_head(theirs.transformer.ln_f(hidden[0, -1])).softmax(-1)
             assert row["says"][0]["p"] == pytest.approx(said.max().item(), rel=1e-4)
-    last, model = found["stream"][-1]["says"], found["tokens"][-1]["expected"]  # after the last block, the lens is the model
+    last, model = (
+        found["stream"][-1]["says"],
+        found["tokens"][-1]["expected"],
+    )  # after the last block, the lens is the model
     assert [one["token"] for one in last] == [one["token"] for one in model]
     assert [one["p"] for one in last] == pytest.approx([one["p"] for one in model], rel=1e-5)
 
@@ -71,7 +79,10 @@ BAD = {
     "nothing to inspect": (["--model", "mine", "--prompt", ""], "--prompt needs a text"),
     "no name": (["--model", "mine", "--prompt", "a", "--out", "."], "--out '.' names no file"),
     "no folder": (["--model", "mine", "--prompt", "a", "--out", "no/x.png"], "there is no folder no for --out"),
-    "not a number": (["--model", "poisoned", "--prompt", "a"], "transformer.wte.weight holds numbers that are not finite"),
+    "not a number": (
+        ["--model", "poisoned", "--prompt", "a"],
+        "transformer.wte.weight holds numbers that are not finite",
+    ),
     "no prompt": ([], "the following arguments are required: --prompt"),
     "two forms": (["--prompt", "a", "--text", "--json"], "not allowed with argument"),
 }

@@ -98,7 +98,9 @@ def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(runs
     batch, pressed = gpt.TokenDataset.batch, []
 
     def in_the_middle(data, windows):
-        steps = gpt.load_run("here")[0]["rows"][-1]["step"] + 4 if Path("here/training_state.safetensors").exists() else 0
+        steps = (
+            gpt.load_run("here")[0]["rows"][-1]["step"] + 4 if Path("here/training_state.safetensors").exists() else 0
+        )
         if len(data) < 100 and windows[0] > 0 and steps == step and not pressed:  # the validation's second batch
             pressed.append(steps)
             os.kill(os.getpid(), signal.SIGINT)
@@ -123,7 +125,9 @@ def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(runs
 def under_torchrun(out, until):
     """Start a long run of two processes -> torchrun, and its workers, as soon as `until` lines are in the log."""
     flags = [*FLAGS, "--out", out, "--max_steps", "1000000", "--optimizer", "adamw"]
-    process = subprocess.Popen([*TORCHRUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*TORCHRUN, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not Path(out, "log.csv").exists() or len(Path(out, "log.csv").read_text().splitlines()) < until:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -153,7 +157,9 @@ class Disk:
         for place, name in [(Path, "replace"), (os, "fsync"), (Path, "chmod"), (Path, "mkdir"), (Path, "write_bytes"),
                             (Path, "write_text"), (gpt, "save_file"), (Figure, "savefig")]:  # fmt: skip
             monkeypatch.setattr(place, name, self.watched(getattr(place, name), name))
-        monkeypatch.setattr(gpt, "open", lambda *args: (watched if set("wa+") & set(args[1]) else open)(*args), raising=False)
+        monkeypatch.setattr(
+            gpt, "open", lambda *args: (watched if set("wa+") & set(args[1]) else open)(*args), raising=False
+        )
         watched = self.watched(open, "open")
 
     def watched(self, original, name):
@@ -174,7 +180,9 @@ class Disk:
 
 def test_a_disk_that_is_full_at_any_write_leaves_what_was_there(runs, monkeypatch, capsys):
     argv = ["--resume", "--out", "here", "--max_steps", "8", "--lr", "4e-3"]
-    monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))  # drawing takes long
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82")
+    )  # drawing takes long
     shutil.copytree("part", "here")
     with monkeypatch.context() as patched:
         writes = Disk(patched)
@@ -287,7 +295,9 @@ def in_a_full_disk(monkeypatch, capsys, main, argv, *made):
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert end.value.code == 2 and len(errors) == 1 and "No space left on device" in errors[0], (full_at, errors)
         for path in made:
-            assert not list(Path(path).rglob("*.part")) and all(file.read_bytes() != b"half" for file in Path(path).rglob("*") if file.is_file())
+            assert not list(Path(path).rglob("*.part")) and all(
+                file.read_bytes() != b"half" for file in Path(path).rglob("*") if file.is_file()
+            )
     main([*argv, "--overwrite"])
 
 
@@ -295,7 +305,20 @@ def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, mo
     monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))
     published("hf")
     in_a_full_disk(monkeypatch, capsys, convert_gpt2.main, ["hf", "--out", "converted"], "converted")
-    argv = ["--model", "part", "--data", "prose.txt", "--max_steps", "1", "--batch_size", "2", "--out", "tuned", "--save_adapter", "adapter"]
+    argv = [
+        "--model",
+        "part",
+        "--data",
+        "prose.txt",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--out",
+        "tuned",
+        "--save_adapter",
+        "adapter",
+    ]
     in_a_full_disk(monkeypatch, capsys, finetune.main, argv, "tuned", "adapter")
 
 
@@ -305,7 +328,9 @@ def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, mo
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient", "weights", "validation"])
-def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(prose, where, value, monkeypatch, capsys):
+def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(
+    prose, where, value, monkeypatch, capsys
+):
     gradients, evaluate = gpt.forward_backward, gpt.evaluate
 
     def poisoned(model, data, step, config, dtype):
@@ -327,8 +352,14 @@ def test_a_number_that_goes_wrong_stops_the_run_at_its_step_and_poisons_nothing(
         error = failed(capsys, ["--resume", "--out", "here", "--max_steps", "12"])
     else:
         error = failed(capsys, [*FLAGS, "--out", "here"])
-    what = {"loss": "loss", "weights": "loss", "gradient": "norm of the gradient", "validation": "validation loss"}[where]
-    assert f"the {what} is " in error and f"at step {8 if where == 'validation' else 6}" in error and "here keeps the last checkpoint" in error
+    what = {"loss": "loss", "weights": "loss", "gradient": "norm of the gradient", "validation": "validation loss"}[
+        where
+    ]
+    assert (
+        f"the {what} is " in error
+        and f"at step {8 if where == 'validation' else 6}" in error
+        and "here keeps the last checkpoint" in error
+    )
     check_files(Path("here"))  # all weights are finite
     run, tensors, best = gpt.load_run("here")
     assert run["step"] == best["step"] == 4 and all(tensor.isfinite().all() for tensor in tensors.values())
@@ -368,7 +399,9 @@ def test_the_same_seed_gives_the_same_weights_and_the_same_text_twice(prose, cap
     sample.main(["--model", "two", *flags])
     assert capsys.readouterr().out == text and len(text) > 10
     gpt.main([*FLAGS, "--out", "other", "--seed", "1"])
-    assert not torch.equal(parameters_of("other")["transformer.wte.weight"], parameters_of("one")["transformer.wte.weight"])
+    assert not torch.equal(
+        parameters_of("other")["transformer.wte.weight"], parameters_of("one")["transformer.wte.weight"]
+    )
 
 
 def test_memory_does_not_grow_with_the_steps(prose, monkeypatch):

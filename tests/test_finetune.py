@@ -19,8 +19,23 @@ import sample
 from extras import export, lora
 from finetune import METHODS, Documents, FinetuneConfig
 
-OTHER = "Wherefore art thou, Romeo? Deny thy father and refuse thy name; or, if thou wilt not, be but sworn my love.\n" * 60
-SHORT = ["--max_steps", "8", "--eval_interval", "4", "--batch_size", "4", "--warmup_steps", "2", "--device", "cpu", "--block_size", "16"]
+OTHER = (
+    "Wherefore art thou, Romeo? Deny thy father and refuse thy name; or, if thou wilt not, be but sworn my love.\n" * 60
+)
+SHORT = [
+    "--max_steps",
+    "8",
+    "--eval_interval",
+    "4",
+    "--batch_size",
+    "4",
+    "--warmup_steps",
+    "2",
+    "--device",
+    "cpu",
+    "--block_size",
+    "16",
+]
 
 
 @pytest.fixture
@@ -74,7 +89,12 @@ def test_counts_are_those_of_the_closed_forms(method, fields, count):
 
 def test_the_counts_in_the_documents_are_these():
     counts = {method: count for (method, fields), count in COUNTS.items() if not fields or method == "last"}
-    assert (counts["layernorm"], counts["bias"], counts["head"], counts["lora"]) == (38_400, 102_144, 38_597_376, 294_912)
+    assert (counts["layernorm"], counts["bias"], counts["head"], counts["lora"]) == (
+        38_400,
+        102_144,
+        38_597_376,
+        294_912,
+    )
     assert counts["bias"] - 25 * 768 == 82_944  # without the biases of the norms
 
 
@@ -193,7 +213,9 @@ def test_an_adapter_made_by_peft_is_read(base):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     export.main(["scratch", "--format", "hf", "--out", "theirs"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs")
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False
+    )
     theirs = peft.get_peft_model(theirs, settings).eval()
     theirs.save_pretrained("adapter")
     ours = lora.load_adapter(base, "adapter")
@@ -206,7 +228,20 @@ def test_training_lora_ends_where_peft_ends(base):
     """The same beginning, windows and optimizer: the validation loss of both is the same to rounding."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     rate = 0.02
-    flags = ["--method", "lora", "--dropout", "0", "--dtype", "float32", "--lr", rate, "--max_steps", 40, "--patience", 0]
+    flags = [
+        "--method",
+        "lora",
+        "--dropout",
+        "0",
+        "--dtype",
+        "float32",
+        "--lr",
+        rate,
+        "--max_steps",
+        40,
+        "--patience",
+        0,
+    ]
     tune(*flags, "--out", "tuned", "--grad_clip", 0, "--weight_decay", 0, "--beta2", 0.999, "--seed", 3)
     export.main(["scratch", "--format", "hf", "--out", "theirs"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs", attn_implementation="eager")
@@ -222,7 +257,9 @@ def test_training_lora_ends_where_peft_ends(base):
         for name, p in theirs.named_parameters():
             if p.requires_grad:
                 p.copy_(ours[name.removeprefix(lora.PREFIX).replace(".default.weight", "")])
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0
+    )
     _, train_tokens, val_tokens = gpt.load_data(["other.txt"], tokenizer)
     data, val = gpt.TokenDataset(train_tokens, 16, 4), gpt.TokenDataset(val_tokens, 16)
     for step in range(40):
@@ -292,11 +329,17 @@ def test_resuming_is_the_same_as_never_stopping(base, method, monkeypatch):
 def test_a_run_whose_base_has_changed_is_not_resumed(base, capsys):
     tune("--out", "tuned")
     before = Path("tuned/model.safetensors").read_bytes()
-    for model in (enlarge(base, seed=5), gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16))):
+    for model in (
+        enlarge(base, seed=5),
+        gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16)),
+    ):
         gpt.save_checkpoint("checkpoints/scratch", model, gpt.Tokenizer.bytes(), overwrite=True)
         with pytest.raises(SystemExit) as end:
             finetune.main(["--resume", "--out", "tuned", "--max_steps", "12"])
-        assert end.value.code == 2 and "the data or the base model changed since the run in tuned began" in capsys.readouterr().err
+        assert (
+            end.value.code == 2
+            and "the data or the base model changed since the run in tuned began" in capsys.readouterr().err
+        )
         assert Path("tuned/model.safetensors").read_bytes() == before
 
 
@@ -310,9 +353,18 @@ def test_a_run_whose_text_has_changed_is_not_resumed(base, capsys):
 
 def test_resuming_changes_the_schedule_but_not_the_method(base, capsys):
     tune("--out", "tuned")
-    finetune.main(["--resume", "--out", "tuned", "--max_steps", "12", "--lr", "0.001", "--also_eval", "prose.txt", "--rank", "8"])
+    finetune.main(
+        ["--resume", "--out", "tuned", "--max_steps", "12", "--lr", "0.001", "--also_eval", "prose.txt", "--rank", "8"]
+    )
     assert "prose.txt: " in capsys.readouterr().out and gpt.load_run("tuned")[0]["step"] == 12
-    changes = {"model": "tuned", "method": "full", "rank": "4", "targets": "attn.c_proj", "save_adapter": "adapter", "block_size": "8"}
+    changes = {
+        "model": "tuned",
+        "method": "full",
+        "rank": "4",
+        "targets": "attn.c_proj",
+        "save_adapter": "adapter",
+        "block_size": "8",
+    }
     for flag, value in changes.items():
         with pytest.raises(SystemExit) as end:
             finetune.main(["--resume", "--out", "tuned", f"--{flag}", value])
@@ -335,10 +387,31 @@ def test_a_folder_for_the_adapter_that_cannot_be_made_is_refused_before_training
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are started by fork")
 def test_two_processes_adapt_as_one(base):
     """Under torchrun the batch is shared, and the result is that of one process, to rounding."""
-    flags = ["--model", "scratch", "--data", "other.txt", *SHORT, "--dropout", "0", "--dtype", "float32", "--save_adapter", "adapter"]
+    flags = [
+        "--model",
+        "scratch",
+        "--data",
+        "other.txt",
+        *SHORT,
+        "--dropout",
+        "0",
+        "--dtype",
+        "float32",
+        "--save_adapter",
+        "adapter",
+    ]
     finetune.main([*flags, "--out", "one"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "finetune.py")]
-    done = subprocess.run([*torchrun, *flags, "--out", "two", "--overwrite"], capture_output=True, text=True, timeout=240, check=False)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "finetune.py"),
+    ]
+    done = subprocess.run(
+        [*torchrun, *flags, "--out", "two", "--overwrite"], capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("bits per byte before") == 1
     one, two = parameters_of("one"), parameters_of("two")
@@ -357,7 +430,22 @@ def test_each_script_resumes_its_own_runs(base, capsys):
 
 
 def test_training_ends_early_when_nothing_gets_better(base, capsys):
-    tune("--out", "tuned", "--lr", "9", "--grad_clip", 0, "--max_steps", 40, "--patience", 2, "--eval_interval", 1, "--warmup_steps", 0)
+    tune(
+        "--out",
+        "tuned",
+        "--lr",
+        "9",
+        "--grad_clip",
+        0,
+        "--max_steps",
+        40,
+        "--patience",
+        2,
+        "--eval_interval",
+        1,
+        "--warmup_steps",
+        0,
+    )
     run, _, best = gpt.load_run("tuned")
     assert run["step"] == best["step"] + 2 < 40
     before = parameters_of("tuned")
@@ -372,7 +460,9 @@ def test_the_result_is_an_ordinary_checkpoint_with_a_name_of_its_own(base, capsy
     described = json.loads(Path("checkpoints/scratch-finetuned/config.json").read_text())
     assert described["training"]["model"] == "scratch" and described["training"]["method"] == "lora"
     fingerprints = gpt.load_run("checkpoints/scratch-finetuned")[0]["fingerprints"]
-    assert fingerprints["base"] == hashlib.sha256(Path("checkpoints/scratch/model.safetensors").read_bytes()).hexdigest()
+    assert (
+        fingerprints["base"] == hashlib.sha256(Path("checkpoints/scratch/model.safetensors").read_bytes()).hexdigest()
+    )
     assert "bits per byte before" in out and "prose.txt: " in out and " after" in out
     assert "1,536 of 14,240 parameters are trained, 10.787%" in err and "memory: weights" in err
 
@@ -398,7 +488,12 @@ def write_lines(path, *examples):
 
 def test_only_the_completion_is_learned_and_padding_never_counts():
     tokenizer = gpt.Tokenizer.bytes()
-    path = write_lines("d.jsonl", {"prompt": "ab", "completion": "xyz"}, {"prompt": "", "completion": "q"}, {"prompt": "z", "completion": "w"})
+    path = write_lines(
+        "d.jsonl",
+        {"prompt": "ab", "completion": "xyz"},
+        {"prompt": "", "completion": "q"},
+        {"prompt": "z", "completion": "w"},
+    )
     train, val = finetune.documents([path], tokenizer, 16, 2**20)
     x, y = train.batch([0, 1])
     assert x.tolist() == [[97, 98, 120, 121, 122], [256, 113, 0, 0, 0]]
@@ -491,13 +586,19 @@ BAD = {
     "no such target": (["--targets", "attn.c_attn", "q_proj"], "LoRA has no target 'q_proj'"),
     "the tied head": (["--targets", "lm_head"], "the head is tied"),
     "onto the base": (["--out", "checkpoints/scratch"], "is the base itself"),
-    "onto the base, by another name": (["--out", "./checkpoints/../checkpoints/scratch", "--overwrite"], "is the base itself"),
+    "onto the base, by another name": (
+        ["--out", "./checkpoints/../checkpoints/scratch", "--overwrite"],
+        "is the base itself",
+    ),
     "no such text": (["--data", "nothing.txt"], "there is no text file nothing.txt"),
     "no such documents": (["--data", "nothing.jsonl"], "there is no text file nothing.jsonl"),
     "little known text": (["--also_eval", "little.txt"], "shorter than a window"),
     "two kinds": (["--data", "other.txt", "d.jsonl"], "mixes .jsonl with other texts"),
     "latin-1": (["--data", "latin.txt"], "latin.txt is not UTF-8 text"),
-    "an adapter of no lora": (["--method", "full", "--save_adapter", "x"], "--save_adapter goes with --method lora, not full"),
+    "an adapter of no lora": (
+        ["--method", "full", "--save_adapter", "x"],
+        "--save_adapter goes with --method lora, not full",
+    ),
     "a rank of no lora": (["--method", "last", "--rank", "4"], "--rank goes with --method lora, not last"),
     "an adapter as the base": (["--model", "adapter"], "there is no checkpoint adapter"),
     "json": (["--data", "d.json"], "d.json is JSON, not text: finetune.py learns from .jsonl"),
@@ -545,8 +646,14 @@ ADAPTERS = {
     "another base": (lambda folder: change(folder, init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "infinite": (lambda folder: change(folder, lora_alpha=math.inf), "lora_alpha is inf"),
     "no number": (lambda folder: change(folder, lora_alpha="16"), "is not a readable adapter"),
-    "the head": (lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"), "lm_head.lora_A is none of attn"),
-    "no block": (lambda folder: rename(folder, "h.2.", "h.7."), "transformer.h.2.attn.c_attn.lora_A does not fit the model"),
+    "the head": (
+        lambda folder: rename(folder, "transformer.h.0.attn.c_attn", "lm_head"),
+        "lm_head.lora_A is none of attn",
+    ),
+    "no block": (
+        lambda folder: rename(folder, "h.2.", "h.7."),
+        "transformer.h.2.attn.c_attn.lora_A does not fit the model",
+    ),
     "no rank": (lambda folder: change(folder, r=None), "is not a readable adapter"),
     "another rank": (lambda folder: change(folder, r=3), "does not fit the model and the rank of 3"),
     "dora": (lambda folder: change(folder, use_dora=True), "it is not plain LoRA: use_dora is True"),

@@ -20,7 +20,12 @@ from notes import pictures
 MAIN = {"gpt": gpt.main, "sample": sample.main, "finetune": finetune.main, "evaluate": evaluate.main, "export": export.main,
         "convert_gpt2": convert_gpt2.main, "verify_gpt2": verify_gpt2.main, "bench": bench.main, "pictures": pictures.main,
         "explore": explore.main, "check": check.main, "curve": curve.main, "text": text.main}  # fmt: skip
-MODULES = {"export": "extras.export", "verify_gpt2": "debug.verify_gpt2", "bench": "bench", "pictures": "notes.pictures"}
+MODULES = {
+    "export": "extras.export",
+    "verify_gpt2": "debug.verify_gpt2",
+    "bench": "bench",
+    "pictures": "notes.pictures",
+}
 MODULES |= {name: f"debug.{name}" for name in ("check", "curve", "text")}  # what python -m runs
 SOUND = {  # what would work: only one flag is spoiled at a time
     "gpt": [*TINY, "--data", "prose.txt", "--out", "new"],
@@ -71,7 +76,18 @@ WRONG = {
     "bench": {"--rounds": COUNT_BELOW, "--steps": COUNT_BELOW, "--only": ["x"], "--picture": ["nowhere/x.png"]},
     "pictures": {"--model": PLACE, "--curves": PLACE, "--out": ["nowhere", "prose.txt", *PLACE]},
 }  # fmt: skip
-OF_PLACES = {"--data", "--out", "--model", "--adapter", "--prompt_file", "--also_eval", "--save_adapter", "--reference", "--picture", "--curves"}
+OF_PLACES = {
+    "--data",
+    "--out",
+    "--model",
+    "--adapter",
+    "--prompt_file",
+    "--also_eval",
+    "--save_adapter",
+    "--reference",
+    "--picture",
+    "--curves",
+}
 WITH = {("finetune", "--blocks"): ["--method", "last"]}
 UNSPOILED = [(name, flag, value) for name, flags in WRONG.items() for flag, values in flags.items() for value in values]
 
@@ -143,7 +159,11 @@ def refused(folder, monkeypatch, capsys):
             MAIN[name](argv)
         out, err = capsys.readouterr()
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert end.value.code == 2 and out == "" and len(errors) == 1 and "Traceback" not in err, (end.value.code, out, err)
+        assert end.value.code == 2 and out == "" and len(errors) == 1 and "Traceback" not in err, (
+            end.value.code,
+            out,
+            err,
+        )
         assert len(errors[0]) > 15, errors[0]
         after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if ".cache" not in path.parts}
         assert before == after, "something was written"
@@ -169,8 +189,13 @@ def spoiled(name, flag, value):
 def test_a_value_that_cannot_be_is_one_error_line(refused, name, flag):
     for value in WRONG[name][flag]:
         error = refused(name, spoiled(name, flag, value))
-        place = value.encode("utf-8", "replace").decode() if flag in OF_PLACES else value  # stderr shows a stray byte as ?
-        assert re.search(rf"\b{flag[2:]}\b", error) or len(value) > 1 and place in error or repr(value) in error, (value, error)
+        place = (
+            value.encode("utf-8", "replace").decode() if flag in OF_PLACES else value
+        )  # stderr shows a stray byte as ?
+        assert re.search(rf"\b{flag[2:]}\b", error) or len(value) > 1 and place in error or repr(value) in error, (
+            value,
+            error,
+        )
 
 
 def test_the_table_has_every_flag_that_takes_a_value(monkeypatch, folder):
@@ -180,7 +205,13 @@ def test_the_table_has_every_flag_that_takes_a_value(monkeypatch, folder):
         pass
 
     def seen(parser, argv=None, namespace=None):
-        raise Seen({a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0 and type(a).__name__ != "BooleanOptionalAction"})
+        raise Seen(
+            {
+                a.option_strings[0]
+                for a in parser._actions
+                if a.option_strings and a.nargs != 0 and type(a).__name__ != "BooleanOptionalAction"
+            }
+        )
 
     monkeypatch.setattr(gpt.Parser, "parse_known_args", seen)
     for name, main in MAIN.items():
@@ -189,7 +220,9 @@ def test_the_table_has_every_flag_that_takes_a_value(monkeypatch, folder):
         assert found.value.args[0] == WRONG[name].keys(), name
 
 
-@pytest.mark.parametrize(("name", "more", "message"), CONTRADICTIONS, ids=[f"{name} {' '.join(more)}" for name, more, _ in CONTRADICTIONS])
+@pytest.mark.parametrize(
+    ("name", "more", "message"), CONTRADICTIONS, ids=[f"{name} {' '.join(more)}" for name, more, _ in CONTRADICTIONS]
+)
 def test_flags_that_contradict_each_other_are_refused(refused, name, more, message):
     argv = {"gpt": [], "finetune": ["--data", "prose.txt"]}[name] if "--resume" in more else without(SOUND[name], more)
     assert message in refused(name, [*argv, *more])
@@ -198,7 +231,9 @@ def test_flags_that_contradict_each_other_are_refused(refused, name, more, messa
 @pytest.mark.parametrize(("name", "flag", "nearest"), UNKNOWN)
 def test_an_unknown_flag_is_told_the_nearest(refused, name, flag, nearest):
     error = refused(name, [*SOUND[name], flag])
-    assert f"unrecognized arguments: {flag}" in error and (f"did you mean {nearest}?" in error if nearest else "see --help" in error)
+    assert f"unrecognized arguments: {flag}" in error and (
+        f"did you mean {nearest}?" in error if nearest else "see --help" in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,4 +244,9 @@ def test_an_unknown_flag_is_told_the_nearest(refused, name, flag, nearest):
 )  # fmt: skip
 def test_a_real_process_says_the_same(folder, name, argv):
     done = script(MODULES.get(name, f"{name}.py"), *argv, cwd=folder)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+    ), done.stderr

@@ -69,7 +69,9 @@ def test_impossible_shapes_are_refused(wrong):
         GPTConfig(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"lr": math.nan}, {"lr": -1.0}, {"optimizer": "sgd"}, {"data": []}, {"max_steps": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"lr": math.nan}, {"lr": -1.0}, {"optimizer": "sgd"}, {"data": []}, {"max_steps": 0}]
+)
 def test_impossible_training_is_refused(wrong):
     with pytest.raises(InputError):
         TrainConfig(**wrong)
@@ -82,7 +84,9 @@ def test_importing_gpt_changes_nothing():
         "os.listdir(), signal.getsignal(signal.SIGINT), dict(os.environ); "
         "assert torch.equal(before[0], after[0]) and before[1:] == after[1:]"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -120,7 +124,9 @@ def test_incremental_counts_learn_what_counting_anew_learns(text):
 
 
 def test_bpe_by_hand():
-    ranks = gpt.train_bpe(["low low low lower"], 259)  # l-o and o-w occur four times each; l-o has the smaller first byte
+    ranks = gpt.train_bpe(
+        ["low low low lower"], 259
+    )  # l-o and o-w occur four times each; l-o has the smaller first byte
     assert [token for token, rank in ranks.items() if rank >= 256] == [b"lo", b"low", b" low"]
 
 
@@ -149,7 +155,13 @@ def test_gpt2_splits_as_tiktoken_does(gpt2_vocabulary):
     import tiktoken
 
     published = tiktoken.get_encoding("gpt2")
-    for text in (PROSE, "a\n\n\n  b   \n c\u00a0d\u3000e  ", "x" * 50 + " " * 40 + "\n", "日本語 ½ ① don't DON'T", " \n \n"):
+    for text in (
+        PROSE,
+        "a\n\n\n  b   \n c\u00a0d\u3000e  ",
+        "x" * 50 + " " * 40 + "\n",
+        "日本語 ½ ① don't DON'T",
+        " \n \n",
+    ):
         assert gpt2_vocabulary.encode(text) == published.encode_ordinary(text)
 
 
@@ -264,7 +276,9 @@ def test_validation_is_a_tenth_but_no_more_than_val_bytes():
 
 @pytest.mark.parametrize("size", [32, 64, 1000])
 def test_text_that_is_cut_into_pieces_has_the_tokens_of_the_whole(size, monkeypatch, learned):
-    text = PROSE + "  \n\n  tabs\t\tand\r\n\r\nlines   \x1c \x85 ½ don't 'll ünïcode 🤖🤖 end  " + PROSE[:99] + "\t\n\n b"
+    text = (
+        PROSE + "  \n\n  tabs\t\tand\r\n\r\nlines   \x1c \x85 ½ don't 'll ünïcode 🤖🤖 end  " + PROSE[:99] + "\t\n\n b"
+    )
     monkeypatch.setattr(gpt, "PIECE", gpt.PIECE.replace("1000000", str(size)))
     assert len(regex.findall(gpt.PIECE, text)) > 5
     assert gpt.tokenize([text], learned).tolist() == [learned.eot, *learned.encode(text)]
@@ -274,7 +288,11 @@ def test_files_are_joined_by_the_end_of_text(own_folder):
     folder = own_folder / "texts"
     (folder / "sub").mkdir(parents=True)
     (folder / ".git").mkdir()
-    (folder / "b.TXT").write_text("second " * 30), (folder / "a.txt").write_text("first"), (folder / "c.md").write_text("no")
+    (
+        (folder / "b.TXT").write_text("second " * 30),
+        (folder / "a.txt").write_text("first"),
+        (folder / "c.md").write_text("no"),
+    )
     (folder / "sub" / "c.txt").write_text("<|endoftext|> third " * 10)
     (folder / "._a.txt").write_text("hidden"), (folder / ".git" / "d.txt").write_text("hidden")
     assert gpt.load_texts([str(folder)]) == ["first", "second " * 30, "<|endoftext|> third " * 10]
@@ -659,7 +677,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p(spread, top_p):
     for exact, found in zip(logits.softmax(-1), probs):  # in float64, where nothing is lost
         ordered, kept = exact.sort(descending=True).values, int((found > 0).sum())
         assert ordered[: kept - 1].sum() - 1e-4 < top_p < ordered[:kept].sum() + 1e-4
-        assert torch.allclose(found.sort(descending=True).values[:kept].double(), ordered[:kept] / ordered[:kept].sum(), rtol=1e-3)
+        assert torch.allclose(
+            found.sort(descending=True).values[:kept].double(), ordered[:kept] / ordered[:kept].sum(), rtol=1e-3
+        )
 
 
 def test_rare_tokens_come_as_often_as_they_should():
@@ -719,7 +739,12 @@ def test_a_checkpoint_comes_back_as_it_was(small, learned, own_folder):
     model = GPT(dataclasses.replace(small.config, vocab_size=learned.vocab_size))
     gpt.save_checkpoint("here", model, learned, step=3)
     again, tokenizer = gpt.load_checkpoint("here")
-    assert not again.training and again.config == model.config and tokenizer.ranks == learned.ranks and tokenizer.kind == "bpe"
+    assert (
+        not again.training
+        and again.config == model.config
+        and tokenizer.ranks == learned.ranks
+        and tokenizer.kind == "bpe"
+    )
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters()):
         assert name == other and torch.equal(p, q)
     assert again.lm_head.weight is again.transformer.wte.weight
@@ -731,7 +756,13 @@ def test_loading_brings_in_no_more_modules(small, learned):
     """PyTorch's shapes without memory can cost a second and 800 modules, if a normal distribution is drawn among them."""
     gpt.save_checkpoint("here", GPT(GPTConfig(vocab_size=300, n_embd=8, n_layer=1)), learned)
     code = "import sys, gpt; before = len(sys.modules); gpt.load_checkpoint('here'); print(len(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) < 50
 
 
@@ -766,7 +797,10 @@ def damage(name, change):
         ("config.json", lambda b: b.replace(b'"tokenizer"', b'"tokeniser"')),
         ("config.json", lambda b: b.replace(b'"eot": 256', b'"eot": 7')),
         ("tokenizer.tiktoken", lambda b: b[: len(b) // 2]),
-        ("tokenizer.tiktoken", lambda b: b + base64.b64encode(b"zz") + b" 256\n" + base64.b64encode(b"zzz") + b" 257\n"),
+        (
+            "tokenizer.tiktoken",
+            lambda b: b + base64.b64encode(b"zz") + b" 256\n" + base64.b64encode(b"zzz") + b" 257\n",
+        ),
         ("tokenizer.tiktoken", lambda b: b"\xff\xfe"),
     ],
 )
@@ -792,7 +826,9 @@ def test_a_name_under_checkpoints_is_found_and_a_missing_one_lists_what_is_there
     with pytest.raises(InputError, match=r"no checkpoint mine.*python gpt\.py"):
         gpt.load_checkpoint("mine")
     for name in ("one", "two"):
-        gpt.save_checkpoint(f"checkpoints/{name}", GPT(GPTConfig(vocab_size=257, n_embd=8, n_layer=1)), Tokenizer.bytes())
+        gpt.save_checkpoint(
+            f"checkpoints/{name}", GPT(GPTConfig(vocab_size=257, n_embd=8, n_layer=1)), Tokenizer.bytes()
+        )
     assert gpt.find_checkpoint("one") == gpt.find_checkpoint("checkpoints/one") == Path("checkpoints/one")
     with pytest.raises(InputError, match="one, two"):
         gpt.load_checkpoint("mine")
@@ -829,7 +865,10 @@ def test_stacked_muon_takes_the_steps_of_torchs_muon():
     shapes = [(48, 16), (16, 48), (48, 16), (16, 16), (16, 48), (16, 16), (33, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = [gpt.Muon(ours, 0.1, 0.2, torch.bfloat16), torch.optim.Muon(theirs, 0.1, 0.2, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [
+        gpt.Muon(ours, 0.1, 0.2, torch.bfloat16),
+        torch.optim.Muon(theirs, 0.1, 0.2, adjust_lr_fn="match_rms_adamw"),
+    ]
     begin = [p.detach().clone() for p in ours]
     for _ in range(3):
         for p, q in zip(ours, theirs):
@@ -851,7 +890,12 @@ def test_frozen_parameters_reach_no_optimizer(small):
 def test_the_schedule_warms_up_and_comes_down():
     config = TrainConfig(lr=1.0, warmup_steps=10, max_steps=110, min_lr=0.1)
     rates = [gpt.learning_rate(step, config) for step in range(111)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert (
+        rates[0] == 0.1
+        and rates[9] == rates[10] == 1.0
+        and rates[60] == pytest.approx(0.55)
+        and rates[110] == pytest.approx(0.1)
+    )
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert gpt.learning_rate(5, TrainConfig(warmup_steps=5, max_steps=5)) == TrainConfig().lr
 
@@ -894,9 +938,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(small):
     results = []
     for batch_size, grad_accum in ((12, 1), (3, 4)):
         small.zero_grad()
-        loss, tokens = gpt.forward_backward(small, data, 0, TrainConfig(batch_size=batch_size, grad_accum=grad_accum), torch.float32)
+        loss, tokens = gpt.forward_backward(
+            small, data, 0, TrainConfig(batch_size=batch_size, grad_accum=grad_accum), torch.float32
+        )
         results.append((loss, torch.cat([p.grad.flatten() for p in small.parameters()])))
-        assert 0 < tokens < 12 * 16 and tokens == (data.batch(gpt.windows_of_step(len(data), 0, TrainConfig(batch_size=12))[0])[1] != -1).sum()
+        assert (
+            0 < tokens < 12 * 16
+            and tokens == (data.batch(gpt.windows_of_step(len(data), 0, TrainConfig(batch_size=12))[0])[1] != -1).sum()
+        )
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
 
@@ -911,13 +960,19 @@ def run_training(*flags, expect=None):
 
 def test_training_writes_what_the_design_says(prose, capsys):
     run_training("--data", prose, "--out", "here")
-    assert sorted(os.listdir("here")) == sorted([gpt.CONFIG, gpt.VOCABULARY, gpt.MODEL, gpt.STATE, "log.csv", "loss.png"])
+    assert sorted(os.listdir("here")) == sorted(
+        [gpt.CONFIG, gpt.VOCABULARY, gpt.MODEL, gpt.STATE, "log.csv", "loss.png"]
+    )
     assert Path("here/loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [line.split(",") for line in Path("here/log.csv").read_text().splitlines()]
     assert lines[0] == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm"]
     assert [line[0] for line in lines[1:]] == ["0", "4", "8", "12"] and lines[2][1] == str(4 * 4 * 16)
     described = json.loads(Path("here/config.json").read_text())
-    assert described["model"]["n_layer"] == 2 and described["training"]["max_steps"] == 12 and described["tokenizer"] == "bytes"
+    assert (
+        described["model"]["n_layer"] == 2
+        and described["training"]["max_steps"] == 12
+        and described["tokenizer"] == "bytes"
+    )
     assert described["validation"]["loss"] == pytest.approx(min(float(line[5]) for line in lines[1:]))
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and "bits per byte" in out
@@ -955,10 +1010,15 @@ def test_resuming_is_the_same_as_never_stopping(prose, optimizer, monkeypatch):
     assert len(Path("parts/log.csv").read_text().splitlines()) == 3
     gpt.main(["--resume", "--out", "parts"])
     (_, whole, best), (_, parts, same) = gpt.load_run("whole"), gpt.load_run("parts")
-    assert whole.keys() == parts.keys() and len(whole) > 2 * len(parameters_of("whole")) and best["step"] == same["step"]
+    assert (
+        whole.keys() == parts.keys() and len(whole) > 2 * len(parameters_of("whole")) and best["step"] == same["step"]
+    )
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
-    columns = [[line.split(",")[:2] + line.split(",")[3:] for line in Path(f"{n}/log.csv").read_text().splitlines()] for n in ("whole", "parts")]
+    columns = [
+        [line.split(",")[:2] + line.split(",")[3:] for line in Path(f"{n}/log.csv").read_text().splitlines()]
+        for n in ("whole", "parts")
+    ]
     assert columns[0] == columns[1]
     for name, weight in parameters_of("whole").items():
         assert torch.equal(weight, parameters_of("parts")[name])
@@ -1007,7 +1067,10 @@ def test_the_gradient_is_clipped_and_0_means_no_limit(prose, flags, most, monkey
     monkeypatch.setattr(gpt, "forward_backward", large)
     monkeypatch.setattr(torch.optim, "AdamW", Noting)
     run_training("--data", prose, "--out", "here", "--optimizer", "adamw", "--max_steps", 3, *flags)
-    assert all(norm > 100 if most == math.inf else norm == pytest.approx(most, rel=1e-3) for norm in norms) and len(norms) == 3
+    assert (
+        all(norm > 100 if most == math.inf else norm == pytest.approx(most, rel=1e-3) for norm in norms)
+        and len(norms) == 3
+    )
 
 
 def test_flags_that_are_given_beat_the_preset(prose, capsys):
@@ -1017,7 +1080,10 @@ def test_flags_that_are_given_beat_the_preset(prose, capsys):
     assert described["training"]["optimizer"] == "adamw" and described["training"]["max_steps"] == 12
 
 
-@pytest.mark.parametrize(("flags", "out"), [(["--data", "my.txt"], "my"), (["--preset", "shakespeare-10min"], "shakespeare"), ([], "scratch")])
+@pytest.mark.parametrize(
+    ("flags", "out"),
+    [(["--data", "my.txt"], "my"), (["--preset", "shakespeare-10min"], "shakespeare"), ([], "scratch")],
+)
 def test_the_folder_is_named_after_the_text(prose, monkeypatch, flags, out):
     class Enough(Exception):
         pass
@@ -1033,7 +1099,8 @@ def test_the_folder_is_named_after_the_text(prose, monkeypatch, flags, out):
 
 
 @pytest.mark.parametrize(
-    ("steps", "given", "expected"), [(600, [], 0.15), (12, [], 0.0), (600, ["--dropout", "0"], 0.0), (12, ["--preset", "gpt2"], 0.1)]
+    ("steps", "given", "expected"),
+    [(600, [], 0.15), (12, [], 0.0), (600, ["--dropout", "0"], 0.0), (12, ["--preset", "gpt2"], 0.1)],
 )
 def test_dropout_is_for_text_that_is_seen_often_unless_it_is_given(prose, monkeypatch, steps, given, expected):
     class Enough(Exception):
@@ -1080,7 +1147,10 @@ def test_a_finished_run_can_be_moved_and_prolonged(prose):
     Path("checkpoints").mkdir()
     Path("there").rename("checkpoints/scratch")
     gpt.main(["--resume", "--max_steps", "16"])
-    assert Path("checkpoints/scratch/log.csv").read_text().splitlines()[-1].startswith("16,") and not Path("there").exists()
+    assert (
+        Path("checkpoints/scratch/log.csv").read_text().splitlines()[-1].startswith("16,")
+        and not Path("there").exists()
+    )
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -1103,16 +1173,38 @@ def test_numbers_that_go_wrong_stop_the_run_and_are_never_saved(prose, where, mo
 
 def test_two_processes_compute_what_one_computes(prose):
     """With AdamW, as Muon orthogonalizes in bfloat16, where the least difference in rounding grows to 2e-4."""
-    flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2", "--optimizer", "adamw"]
+    flags = [
+        *TINY,
+        "--data",
+        str(prose),
+        "--dropout",
+        "0",
+        "--dtype",
+        "float32",
+        "--grad_accum",
+        "2",
+        "--optimizer",
+        "adamw",
+    ]
     one = script("gpt.py", *flags, "--out", "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "gpt.py")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "gpt.py"),
+    ]
     two = subprocess.run([*torchrun, *flags, "--out", "two"], capture_output=True, text=True, timeout=240, check=False)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert one.stdout.replace("one", "two") == two.stdout
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name
-    losses = [[float(line.split(",")[5]) for line in Path(f"{n}/log.csv").read_text().splitlines()[1:]] for n in ("one", "two")]
+    losses = [
+        [float(line.split(",")[5]) for line in Path(f"{n}/log.csv").read_text().splitlines()[1:]]
+        for n in ("one", "two")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
@@ -1140,7 +1232,17 @@ def test_compiled_training_computes_the_same(prose):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits(prose, number, status):
-    command = [sys.executable, str(ROOT / "gpt.py"), *TINY, "--data", str(prose), "--out", "here", "--max_steps", "100000"]
+    command = [
+        sys.executable,
+        str(ROOT / "gpt.py"),
+        *TINY,
+        "--data",
+        str(prose),
+        "--out",
+        "here",
+        "--max_steps",
+        "100000",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:  # until it has trained a little
@@ -1215,7 +1317,11 @@ def test_bad_input_is_one_line_and_status_2(flags, message, prose, capsys):
 def test_a_resumed_run_keeps_its_shape_and_its_text(prose, capsys):
     run_training("--data", prose, "--out", "here")
     capsys.readouterr()
-    for flags, message in ((["--n_layer", "3"], "n_layer"), (["--optimizer", "adamw"], "optimizer"), (["--preset", "tiny"], "--preset")):
+    for flags, message in (
+        (["--n_layer", "3"], "n_layer"),
+        (["--optimizer", "adamw"], "optimizer"),
+        (["--preset", "tiny"], "--preset"),
+    ):
         with pytest.raises(SystemExit):
             gpt.main(["--resume", "--out", "here", *flags])
         assert message in capsys.readouterr().err
@@ -1228,7 +1334,10 @@ def test_a_resumed_run_keeps_its_shape_and_its_text(prose, capsys):
 def test_an_error_in_a_real_process_has_no_traceback(own_folder):
     done = script("gpt.py", "--data", "nowhere.txt")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: there is no text file nowhere.txt") and "Traceback" not in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: there is no text file nowhere.txt")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_help_names_every_flag(capsys):

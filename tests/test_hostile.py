@@ -37,7 +37,16 @@ def home(module_folder):
     """A trained checkpoint, an adapter on it, and a published model: the files that the tests below spoil copies of."""
     Path("prose.txt").write_text(PROSE)
     gpt.main([*TINY, "--data", str(module_folder / "prose.txt"), "--out", "model", "--max_steps", "8"])
-    flags = ["--data", str(module_folder / "prose.txt"), "--out", "tuned", "--max_steps", "2", "--save_adapter", "adapter"]
+    flags = [
+        "--data",
+        str(module_folder / "prose.txt"),
+        "--out",
+        "tuned",
+        "--max_steps",
+        "2",
+        "--save_adapter",
+        "adapter",
+    ]
     finetune.main(["--model", "model", *flags, "--batch_size", "2"])
     published("hf")
     return module_folder
@@ -46,7 +55,10 @@ def home(module_folder):
 def spoil(data, chance):
     """Bytes -> other bytes, in one of the ways in which files go wrong."""
     data = bytearray(data)
-    at, way = chance.randrange(len(data)), chance.choice(["cut", "flip", "flips", "noise", "insert", "digit", "zeros", "twice"])
+    at, way = (
+        chance.randrange(len(data)),
+        chance.choice(["cut", "flip", "flips", "noise", "insert", "digit", "zeros", "twice"]),
+    )
     if way == "cut":
         del data[at:]
     elif way in ("flip", "flips"):
@@ -106,7 +118,11 @@ def test_a_spoiled_file_is_refused_or_harmless(home, own_folder, name, use, time
         shutil.copytree(home / other, own_folder / other)
     whole, chance, refused = (home / name).read_bytes(), random.Random(name), 0
     use(folder)  # everything that is imported late is now there
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else None
+    taken = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else None
+    )
     limits = resource.getrlimit(resource.RLIMIT_AS)
     try:
         if taken:
@@ -160,7 +176,9 @@ def test_headers_that_promise_more_than_the_file_are_refused(home, own_folder):
         struct.pack("<Q", 90 * 2**20) + b"{" * 1000,
         with_header(header | {name: header[name] | {"shape": [2**40, 2**20]}}),
         with_header(header | {name: header[name] | {"data_offsets": [0, 2**60]}}),
-        with_header(header | {f"extra{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}),
+        with_header(
+            header | {f"extra{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10_000)}
+        ),
         b"",
         b"\0" * 100,
     ):
@@ -200,13 +218,19 @@ class Payload:
         return (Path.touch, (Path("executed"),))
 
 
-@pytest.mark.parametrize("name", ["training_state.safetensors", "model.safetensors", "config.json", "tokenizer.tiktoken"])
-@pytest.mark.parametrize("save", [torch.save, lambda made, path: path.write_bytes(pickle.dumps(made))], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "name", ["training_state.safetensors", "model.safetensors", "config.json", "tokenizer.tiktoken"]
+)
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda made, path: path.write_bytes(pickle.dumps(made))], ids=["torch", "pickle"]
+)
 def test_a_pickle_with_a_payload_is_never_executed(home, own_folder, name, save, capsys):
     shutil.copytree(home / "model", "model")
     save({"config": {"data": Payload()}, "more": Payload()}, Path("model") / name)
     with pytest.raises(SystemExit) as end:
-        gpt.main(["--resume", "--out", "model"]) if name == "training_state.safetensors" else evaluate.main(["--model", "model"])
+        gpt.main(["--resume", "--out", "model"]) if name == "training_state.safetensors" else evaluate.main(
+            ["--model", "model"]
+        )
     assert end.value.code == 2 and not Path("executed").exists()
 
 
@@ -281,7 +305,9 @@ def vocabularies():
 def test_any_text_round_trips_in_every_vocabulary(vocabularies, text):
     for tokenizer in vocabularies:
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == "".join(sample.decode_stream(tokenizer, ids)) == text and tokenizer.eot not in ids
+        assert (
+            tokenizer.decode(ids) == "".join(sample.decode_stream(tokenizer, ids)) == text and tokenizer.eot not in ids
+        )
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
 
 
@@ -319,7 +345,12 @@ def test_a_vocabulary_is_learned_from_one_endless_word(vocabularies):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=ANY_TEXT | AWKWARD, block_size=st.integers(1, 20), stride=st.integers(1, 20), kind=st.sampled_from(["bytes", "bpe"]))
+@given(
+    text=ANY_TEXT | AWKWARD,
+    block_size=st.integers(1, 20),
+    stride=st.integers(1, 20),
+    kind=st.sampled_from(["bytes", "bpe"]),
+)
 def test_any_text_is_split_in_two_and_every_window_is_inside_its_split(own_folder, text, block_size, stride, kind):
     """What is not text, or too little of it, is a clear error; the rest comes back exactly, each part from its own side of the cut."""
     path = own_folder / "any.txt"
@@ -373,7 +404,9 @@ def test_any_valid_parameters_give_a_valid_distribution_and_token(logits, temper
         assert torch.allclose(ordered[:kept].double(), whole[:kept] / whole[:kept].sum(), atol=1e-5)
     of_all = gpt.next_token_probs(logits, temperature)[0]  # logits that differ may be equally probable
     left_out = of_all[probs[0] == 0]
-    assert (of_all[probs[0] > 0].min() >= left_out).all(), "a token is left out that is more probable than one that is in"
+    assert (of_all[probs[0] > 0].min() >= left_out).all(), (
+        "a token is left out that is more probable than one that is in"
+    )
 
 
 def test_a_prompt_of_a_million_characters_is_cropped_in_bounded_time(home):

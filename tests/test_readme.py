@@ -11,7 +11,9 @@ from gpt import GPT, GPTConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands on a line of their own, in the first column of a table, and within a sentence.
-COMMANDS = regex.findall(r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m (?!venv)\w+)[^`\n]*)", README, regex.MULTILINE)
+COMMANDS = regex.findall(
+    r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m (?!venv)\w+)[^`\n]*)", README, regex.MULTILINE
+)
 COMMANDS += regex.findall(r"`(python (?:\w+\.py|-m (?!venv)\w+)[^`\n]*)`", README)
 
 
@@ -79,14 +81,19 @@ def test_presets_are_as_they_are():
 def test_the_table_of_mistakes_names_them_all():
     from debug import mistakes
 
-    rows = regex.findall(r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE)
+    rows = regex.findall(
+        r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE
+    )
     assert rows == list(mistakes.MISTAKES)
 
 
 def test_shares_and_learning_rates_of_each_method_are_those_of_the_tables():
     import finetune
 
-    for preset, pattern in (("gpt2", r"^\| `{}` \| .* \| ([\d,]+)(?: beside them)? \| ([\d.]+) \|$"), ("tiny", r"^\| `{}` \| ([\d.]+)% \|")):
+    for preset, pattern in (
+        ("gpt2", r"^\| `{}` \| .* \| ([\d,]+)(?: beside them)? \| ([\d.]+) \|$"),
+        ("tiny", r"^\| `{}` \| ([\d.]+)% \|"),
+    ):
         for method in finetune.METHODS:
             with torch.device("meta"):
                 model = GPT(GPTConfig.preset(preset))

@@ -139,7 +139,9 @@ def test_characters_are_decoded_when_their_bytes_are_complete():
     tokenizer = gpt.Tokenizer.bytes()
     pieces = list(sample.decode_stream(tokenizer, tokenizer.encode("aé🙂b")))
     assert pieces == ["a", "", "é", "", "", "", "🙂", "b", ""]
-    assert list(sample.decode_stream(tokenizer, [97, 0xC3])) == ["a", "", "\ufffd"], "an incomplete character at the end"
+    assert list(sample.decode_stream(tokenizer, [97, 0xC3])) == ["a", "", "\ufffd"], (
+        "an incomplete character at the end"
+    )
     assert "".join(sample.decode_stream(tokenizer, [0xFF, 97, tokenizer.eot])) == "\ufffda"
     with pytest.raises(gpt.InputError, match="there is no token 257"):
         list(sample.decode_stream(tokenizer, [257]))
@@ -171,7 +173,9 @@ def test_an_empty_prompt_begins_from_end_of_text(checkpoints, capsys):
     out, _ = speak(capsys, "--model", "first", "--prompt", "", "--json")
     model, tokenizer = gpt.load_checkpoint("checkpoints/first")
     generator = torch.Generator().manual_seed(1337)
-    ids = model.generate(torch.tensor([[tokenizer.eot]]), 200, temperature=0.8, eot=tokenizer.eot, generator=generator)[0, 1:].tolist()
+    ids = model.generate(torch.tensor([[tokenizer.eot]]), 200, temperature=0.8, eot=tokenizer.eot, generator=generator)[
+        0, 1:
+    ].tolist()
     ids = ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
     assert lines(out)[0]["text"] == tokenizer.decode(ids)
 
@@ -245,8 +249,19 @@ def endless(checkpoints):
 
 
 def test_a_real_process_streams_as_it_generates(endless):
-    command = [sys.executable, str(ROOT / "sample.py"), "--model", "first", "--prompt", "a", "--max_new_tokens", "20000"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, here and in children
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--model",
+        "first",
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "20000",
+    ]
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background of a shell it is ignored, here and in children
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
     assert process.stdout.read(20)[:1] == b"a"

@@ -25,7 +25,12 @@ def test_the_longest_loop_is_found(ids, loop):
 def test_figures_of_a_text():
     row = text.measure([1, 2, 3, 1, 2, 3, 1, 2], [4.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.1], [2.0] * 8, "ab\ufffdd", 10)
     assert row["surprise"] == pytest.approx(2 - 12.6 / 8)
-    assert row["repeated"] == pytest.approx(2 / 5) and row["distinct_1"] == 3 / 8 and row["distinct_2"] == 3 / 7 and row["distinct_3"] == 3 / 6
+    assert (
+        row["repeated"] == pytest.approx(2 / 5)
+        and row["distinct_1"] == 3 / 8
+        and row["distinct_2"] == 3 / 7
+        and row["distinct_3"] == 3 / 6
+    )
     assert (row["loop"], row["period"], row["broken"], row["tokens"], row["asked"]) == (8, 3, 0.25, 8, 10)
     assert (row["entropy_start"], row["entropy_end"]) == (4.0, pytest.approx(0.3))
 
@@ -33,7 +38,11 @@ def test_figures_of_a_text():
 SICK = {
     "early end": ([1, 2, 3], [2.0] * 3, "abc"),
     "a loop": ([*range(40), *[1, 2, 3] * 20], [2.0] * 100, "x"),
-    "repetition": ([*[1, 2, 3, 4, 5, 90], *range(10, 40), *[1, 2, 3, 4, 5, 91], *range(10, 41), *range(12, 39)], [2.0] * 100, "x"),
+    "repetition": (
+        [*[1, 2, 3, 4, 5, 90], *range(10, 40), *[1, 2, 3, 4, 5, 91], *range(10, 41), *range(12, 39)],
+        [2.0] * 100,
+        "x",
+    ),
     "collapse": (range(100), [*[3.0] * 60, *[0.05] * 40], "x"),
     "gibberish": (range(100), [2.0] * 100, "a\ufffd" * 20),
     "noise": (range(100), [5.4] * 100, "x"),
@@ -62,7 +71,9 @@ def test_the_model_writes_and_is_diagnosed(words, capsys):
     rows = rows_of(capsys)
     assert [row["temperature"] for row in rows] == [0, 0.5, 0.8, 1.0, 1.5]
     assert all(any(words.startswith("noise") for words in row["verdict"]) for row in rows)
-    assert any("a loop" in words for words in rows[0]["verdict"]), "an untrained model, asked greedily, says one thing for ever"
+    assert any("a loop" in words for words in rows[0]["verdict"]), (
+        "an untrained model, asked greedily, says one thing for ever"
+    )
     assert rows[-1]["broken"] > 0.2 and any("gibberish" in words for words in rows[-1]["verdict"])
     run("--model", "newborn", "--max_new_tokens", 60)
     out = capsys.readouterr().out
@@ -89,7 +100,11 @@ def test_what_comes_after_the_end_does_not_count(mine, monkeypatch):
 
     monkeypatch.setattr(gpt, "sample_next_token", sample_next_token)
     (row,) = text.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 100, (0,), 0)
-    assert row["text"] == "abcd" and row["tokens"] == 4 and row["verdict"][0].startswith("early end (after 4 of 100 tokens)")
+    assert (
+        row["text"] == "abcd"
+        and row["tokens"] == 4
+        and row["verdict"][0].startswith("early end (after 4 of 100 tokens)")
+    )
     assert row["entropy_end"] == pytest.approx(seen[3])
 
 
