@@ -4,7 +4,7 @@
         model(idx)
     logits = seen["head"][0]
 
-The modules of GPT and of transformers' GPT-2 have the same names, so `activations` of both compare, place by place.
+The modules of GPT and of transformers' GPT-2 have the same names, so their `activations` can be compared one by one.
 """
 
 from contextlib import contextmanager
@@ -26,11 +26,11 @@ STEPS = [
 
 
 @contextmanager
-def hooked(places):
-    """Within, what each module takes in or puts out: {key: (module, "in" or "out")} -> {key: [tensor, ...]}."""
-    seen = {key: [] for key in places}
+def hooked(modules):
+    """Record the inputs or outputs of modules: {key: (module, "in" or "out")} -> {key: [tensor, ...]}."""
+    seen = {key: [] for key in modules}
     hooks = []
-    for key, (module, side) in places.items():
+    for key, (module, side) in modules.items():
 
         def note(_, inputs, output=None, key=key):
             seen[key].append(inputs[0] if output is None else output)
@@ -43,8 +43,8 @@ def hooked(places):
             hook.remove()
 
 
-def places(n_layer):
-    """All places to compare, in the order of the computation: (module, side, what is computed there)."""
+def steps(n_layer):
+    """What to compare, in the order of the computation: (module, side, what is computed there)."""
     yield "transformer.wte", "out", "token embedding"
     yield "transformer.drop", "out", "token plus position embedding"
     for i in range(n_layer):
@@ -56,14 +56,20 @@ def places(n_layer):
 
 @torch.no_grad()
 def activations(model, idx):
-    """The inputs and outputs of all these modules: {(module, side): tensor}."""
-    watched = {(name, side): (model.get_submodule(name), side) for name, side, _ in places(model.config.n_layer)}
+    """The inputs and outputs of these modules: {(module, side): tensor}."""
+    watched = {(name, side): (model.get_submodule(name), side) for name, side, _ in steps(model.config.n_layer)}
     with hooked(watched) as seen:
         model(idx)
     return {key: tensors[0].detach().clone() for key, tensors in seen.items()}
 
 
+def relative_error(ours, reference):
+    """max |difference| / max |reference|, in float64."""
+    ours, reference = ours.double(), reference.double()
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
 def entropy(logits):
-    """(..., V) -> (...), in nats: how unsure the model is; e to that power is the number of equally good candidates."""
-    logs = logits.float().log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1)
+    """(..., V) -> (...), in nats: the uncertainty of the next token; exp of it is the number of equal candidates."""
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
