@@ -8,7 +8,6 @@ The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads t
 the head, as if that block were the last.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 import gpt
 from debug.activations import entropy, hooked
+from extras.tables import show
 from gpt import command, load_checkpoint, log, require
 
 
@@ -26,7 +26,7 @@ def spell(tokenizer, i):
 
 @torch.no_grad()
 def inspect(model, tokenizer, prompt, top=5):
-    """What the model makes of a prompt, token by token and block by block -> a dict of figures, and attention (L, H, T, T)."""
+    """What the model makes of a prompt, by token and by block -> a dict of figures, and attention (L, H, T, T)."""
     ids, context = tokenizer.encode(prompt), model.config.block_size
     require(ids, "--prompt needs a text of at least one token")
     if len(ids) > context:
@@ -79,33 +79,27 @@ SHADES = " ░▒▓█"
 
 def show_inspection(found, attention):
     tokens = [row["token"] for row in found["tokens"][:-1]]
-    print(
-        f"Where the last token looks, a line for each head, a sign for each of the last {min(64, len(tokens))} tokens, {SHADES!r}:"
-    )
+    print(f"Where each head of the last token looks, among the last {min(64, len(tokens))} tokens, {SHADES!r}:")
+    rows = []
     for block, heads in enumerate(attention):
         for head, weights in enumerate(heads[:, -1]):
             bar = "".join(SHADES[min(4, round(4 * w / weights.max().item()))] for w in weights[-64:].tolist())
-            print(
-                f"  block {block:>2} head {head:>2} |{bar}| most at {tokens[weights.argmax()]!r} ({weights.max():.2f})"
-            )
-    print(
-        "\nThe residual stream: mean norms, and what the head would say of the last token after each block (logit lens):"
-    )
-    print(f"  {'after':<10} {'norm':>7} {'attention adds':>14} {'the MLP adds':>12}  what comes next")
-    for row in found["stream"]:
-        added = [f"{row[key]:.2f}" if key in row else "" for key in ("attention_norm", "mlp_norm")]
-        print(f"  {row['after']:<10} {row['norm']:>7.2f} {added[0]:>14} {added[1]:>12}  {listed(row['says'][:3])}")
-    print("\nToken by token: probability and rank of what came, entropy before it (nats), and what the model expected:")
+            row = {"block": block, "head": head, "tokens": f"|{bar}|"}
+            rows.append(row | {"most at": repr(tokens[weights.argmax()]), "weight": weights.max().item()})
+    show(rows)
+    print("\nThe residual stream: mean norms, and the next token if the head read it after each block (logit lens):")
+    parts = {"attention_norm": None, "mlp_norm": None}
+    columns = {"after": "after", "norm": "norm", "attention_norm": "attention adds", "mlp_norm": "MLP adds"}
+    columns["next"] = "next token"
+    show([parts | row | {"next": listed(row["says"][:3])} for row in found["stream"]], columns=columns)
+    print("\nToken by token: its probability and rank, the entropy before it (nats), and the expected tokens:")
+    rows = []
     for row in found["tokens"]:
-        if row["token"] is None:
-            came = f"{'what comes next':<34}"
-        else:
-            known = f"{math.exp(row['log_probability']):>7.2%} {row['rank']:>6,}" if "rank" in row else f"{'':>14}"
-            came = f"{row['token']!r:<19} {known}"
-        print(
-            f"  {row['position']:>4} {came} "
-            + (f"{row['entropy']:>6.2f}  {listed(row['expected'])}" if row["position"] else "")
-        )
+        token = "next" if row["token"] is None else repr(row["token"])
+        p = math.exp(row["log_probability"]) if "rank" in row else None
+        known = {"position": row["position"], "token": token, "p": p, "rank": row.get("rank")}
+        rows.append(known | {"entropy": row.get("entropy"), "expected": listed(row.get("expected", []))})
+    show(rows)
 
 
 def listed(candidates):
@@ -159,7 +153,7 @@ def main(argv=None):
     if args.text:
         return show_inspection(found, attention)
     if args.json:
-        return print(json.dumps(found | {"attention": attention[:, :, -1].tolist()}))
+        return show([found | {"attention": attention[:, :, -1].tolist()}], True)
     plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], out)
     return log(f"attention of every head: {out}")
 

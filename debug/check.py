@@ -54,8 +54,8 @@ def shapes(subject):
 @torch.no_grad()
 def first_loss(subject):
     """On random tokens, as a text may consist of only a few."""
-    V = subject.config.vocab_size
-    tokens = torch.randint(V, (16, min(64, subject.config.block_size)), generator=torch.Generator().manual_seed(0))
+    V, T = subject.config.vocab_size, min(64, subject.config.block_size)
+    tokens = torch.randint(V, (1024 // T, T + 1), generator=torch.Generator().manual_seed(0))
     x, y = tokens[:, :-1].to(subject.device), tokens[:, 1:].to(subject.device)
     loss = subject.new_model()(x, y)[1].item()
     healthy = math.log(V) + 0.0002 * subject.config.n_embd

@@ -61,7 +61,7 @@ def test_what_is_seen_inside_is_what_transformers_sees(mine, capsys):
 def test_a_learner_sees_it_in_the_terminal_or_as_a_picture(mine, capsys):
     run("--model", "mine", "--prompt", "to be or not", "--text")
     out = capsys.readouterr().out
-    assert out.count("head  1 |") == 2 and "block 1" in out and "what comes next" in out and "'o'" in out
+    assert "block 1" in out and "next token" in out and "'o'" in out
     run("--model", "mine", "--prompt", "x" * 100, "--json")
     out, err = capsys.readouterr()
     found = json.loads(out)
