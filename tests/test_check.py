@@ -32,9 +32,8 @@ def test_it_needs_no_model(words, capsys, monkeypatch):
     assert [row["check"] for row in rows_of(capsys) if row["ok"]] == list(check.CHECKS)
 
 
-attention, kernel = gpt.attention, gpt.F.scaled_dot_product_attention
-batch, encode, append = gpt.TokenDataset.batch, gpt.Tokenizer.encode, gpt.KVCache.append
-forward, masked_fill, init_weights = gpt.GPT.forward, torch.Tensor.masked_fill, gpt.GPT.init_weights
+kernel, batch, encode = gpt.F.scaled_dot_product_attention, gpt.TokenDataset.batch, gpt.Tokenizer.encode
+forward, init_weights = gpt.GPT.forward, gpt.GPT.init_weights
 
 
 def time_first(model, idx, targets=None):
@@ -48,60 +47,47 @@ def large_embedding(model, module):
         torch.nn.init.normal_(module.transformer.wte.weight)
 
 
-def blind(q, k, v, *_, **__):
-    """Attention that sees nothing but the token itself."""
+def sees_only_itself(q, k, v, *_, **__):
     return v[:, :, -q.shape[2] :]
 
 
-def left_in_training(patch, subject):
-    subject.model.transformer.drop.p = 0.2
-    subject.model.train()
+BREAKAGES = [  # what is replaced, by what, and the checks that fail
+    (gpt.GPT, "forward", time_first, {"shapes"}),
+    (gpt.GPT, "init_weights", large_embedding, {"first loss"}),
+    (gpt.Tokenizer, "encode", lambda tokenizer, text: encode(tokenizer, text.lower()), {"round trip"}),
+    (gpt.TokenDataset, "batch", lambda data, windows: batch(data, windows)[:1] * 2, {"targets"}),
+    (gpt, "attention", peek, {"causality", "cache"}),
+    (gpt, "attention", sees_only_itself, {"causality"}),
+    (gpt.F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: kernel(q, k, v), {"causality", "cache"}),
+    (torch.Tensor, "masked_fill", lambda scores, *_: scores, {"cache"}),  # the written-out form
+    (torch.optim.AdamW, "step", lambda optimizer: None, {"overfit"}),
+    (gpt.Dropout, "forward", lambda module, x: gpt.F.dropout(x, module.p, True), {"dropout"}),
+    (gpt.Dropout, "forward", lambda module, x: x, {"dropout"}),
+]
 
 
-BREAKAGES = {  # what is broken -> how, and the checks that fail
-    "time first": (lambda patch, _: patch(gpt.GPT, "forward", time_first), {"shapes"}),
-    "large embedding": (lambda patch, _: patch(gpt.GPT, "init_weights", large_embedding), {"first loss"}),
-    "lower case": (lambda patch, _: patch(gpt.Tokenizer, "encode", lambda t, s: encode(t, s.lower())), {"round trip"}),
-    "targets are the inputs": (
-        lambda patch, _: patch(gpt.TokenDataset, "batch", lambda d, w: batch(d, w)[:1] * 2),
-        {"targets"},
-    ),
-    "targets skip one": (
-        lambda patch, _: patch(gpt.TokenDataset, "batch", lambda d, w: (batch(d, w)[0][:, :-1], batch(d, w)[1][:, 1:])),
-        {"targets"},
-    ),
-    "copied text": (lambda _, subject: setattr(subject, "val", subject.train[:3000]), {"repeats"}),
-    "mask off by one": (lambda patch, _: patch(gpt, "attention", peek), {"causality", "cache"}),
-    "attention sees nothing": (lambda patch, _: patch(gpt, "attention", blind), {"causality"}),
-    "kernel without mask": (
-        lambda patch, _: patch(gpt.F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: kernel(q, k, v)),
-        {"causality", "cache"},
-    ),
-    "written-out form without mask": (lambda patch, _: patch(torch.Tensor, "masked_fill", lambda x, *_: x), {"cache"}),
-    "cache that forgets": (
-        lambda patch, _: patch(gpt.KVCache, "append", lambda c, k, v: [x[:, :, -9:] for x in append(c, k, v)]),
-        {"cache"},
-    ),
-    "a frozen bias": (lambda _, subject: subject.model.transformer.ln_f.bias.requires_grad_(False), {"gradients"}),
-    "no steps": (lambda patch, _: patch(torch.optim.AdamW, "step", lambda optimizer: None), {"overfit"}),
-    "dropout always": (
-        lambda patch, _: patch(gpt.Dropout, "forward", lambda d, x: torch.nn.functional.dropout(x, d.p)),
-        {"dropout"},
-    ),
-    "dropout never": (lambda patch, _: patch(gpt.Dropout, "forward", lambda d, x: x), {"dropout"}),
-    "left in training": (left_in_training, {"causality", "cache", "dropout"}),
-}
+def failed(subject):
+    return {row["check"] for row in check.run_checks(subject) if not row["ok"]}
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
-def test_what_is_broken_fails_its_check_and_no_other(subject, monkeypatch, name):
-    break_it, failing = BREAKAGES[name]
-    break_it(monkeypatch.setattr, subject)
-    assert {row["check"] for row in check.run_checks(subject) if not row["ok"]} == failing
+@pytest.mark.parametrize(("thing", "name", "value", "failing"), BREAKAGES)
+def test_broken_code_fails_its_check_and_no_other(subject, monkeypatch, thing, name, value, failing):
+    monkeypatch.setattr(thing, name, value)
+    assert failed(subject) == failing
+
+
+def test_a_frozen_bias_has_no_gradient(subject):
+    subject.model.transformer.ln_f.bias.requires_grad_(False)
+    assert failed(subject) == {"gradients"}
+
+
+def test_validation_text_that_is_trained_on_is_found(subject):
+    subject.val = subject.train[:3000]
+    assert failed(subject) == {"repeats"}
 
 
 def test_every_check_can_fail():
-    assert set().union(*(failing for _, failing in BREAKAGES.values())) == set(check.CHECKS)
+    assert set().union({"gradients", "repeats"}, *(row[3] for row in BREAKAGES)) == set(check.CHECKS)
 
 
 def test_an_error_is_a_failure_and_the_exit_status_says_so(mine, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,35 +13,24 @@ from debug import mistakes, verify_gpt2
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def both(module_folder):
-    """Published files, and our checkpoint converted from them."""
-    published(module_folder / "hf", n_positions=60, n_embd=32, n_layer=2, n_head=4)
-    convert_gpt2.main(["hf", "--out", "checkpoints/ours"])
-    return module_folder
-
-
 @pytest.fixture
-def damage(both, monkeypatch):
-    """Work in that folder, and change a tensor of the checkpoint for the length of a test."""
-    monkeypatch.chdir(both)
-    path = both / "checkpoints/ours/model.safetensors"
-    whole = path.read_bytes()
+def both(own_folder):
+    """Published files, and our checkpoint converted from them."""
+    published("hf", n_positions=60, n_embd=32, n_layer=2, n_head=4)
+    convert_gpt2.main(["hf", "--out", "checkpoints/ours"])
 
-    def change(name, function, path=path):
-        tensors = load_file(path)
-        tensors[name] = function(tensors[name]).contiguous()
-        save_file(tensors, path, {"format": "pt"})
 
-    yield change
-    path.write_bytes(whole)
+def damage(folder, name, change):
+    tensors = load_file(f"{folder}/model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
 
 
 def verify(*argv, expect=0):
     run_main(verify_gpt2.main, *argv, "--new_tokens", 8, "--json", expect=expect)
 
 
-def test_a_converted_model_is_proven_equal(damage, capsys):
+def test_a_converted_model_is_proven_equal(both, capsys):
     from transformers import GPT2LMHeadModel
 
     run_main(verify_gpt2.main, "ours", "--json", expect=0)
@@ -58,19 +48,12 @@ def test_a_converted_model_is_proven_equal(damage, capsys):
     assert rows[1]["relative_error"] == pytest.approx(error.item(), rel=0.01)
 
 
-def test_tokens_in_common_end_at_the_first_difference():
-    a, b = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2, 7, 4, 7])
-    assert verify_gpt2.tokens_in_common(a, b) == 2 and verify_gpt2.tokens_in_common(a, a) == 5
-
-
 DAMAGES = [
     ("wte.weight", lambda w: w.flip(0), "token embedding"),
     ("wpe.weight", lambda w: w.roll(1, 0), "token plus position embedding"),
-    ("h.1.ln_1.bias", lambda w: w + 0.1, "block 1, LayerNorm 1"),
     ("h.1.ln_1.bias", lambda w: w * 1e37, "block 1, LayerNorm 1"),  # NaN
     ("h.1.attn.c_attn.weight", lambda w: w.T.reshape(w.shape), "block 1, queries, keys, values"),
     ("h.1.attn.c_proj.weight", lambda w: w.T, "block 1, attention's projection"),
-    ("h.0.ln_2.weight", lambda w: w * 1.001, "block 0, LayerNorm 2"),
     ("h.1.mlp.c_fc.bias", lambda w: w.flip(0), "block 1, the MLP's first layer"),
     ("h.0.mlp.c_proj.weight", lambda w: w.T.reshape(w.shape), "block 0, the MLP's second layer"),
     ("ln_f.weight", lambda w: w * 1.001, "the final LayerNorm"),
@@ -78,27 +61,25 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "change", "where"), DAMAGES)
-def test_the_first_difference_of_a_broken_conversion_is_named(damage, capsys, name, change, where):
-    damage(f"transformer.{name}", change)
+def test_the_first_difference_of_a_broken_conversion_is_named(both, capsys, name, change, where):
+    damage("checkpoints/ours", f"transformer.{name}", change)
     verify("ours", expect=1)
     verdict = rows_of(capsys)[-1]
     assert not verdict["equal"] and verdict["first_difference"] == where and not verdict["error_there"] <= 1e-5
 
 
-def test_a_different_vocabulary_is_a_difference(damage, capsys):
-    path = gpt.find_checkpoint("ours") / gpt.VOCABULARY
-    whole = path.read_text()
+def test_a_different_vocabulary_is_a_difference(both, capsys):
     ranks = gpt.Tokenizer.bytes().ranks | {b"a": ord("b"), b"b": ord("a")}
-    path.write_text(gpt.Tokenizer(ranks, "bpe").dumps())
+    Path("checkpoints/ours", gpt.VOCABULARY).write_text(gpt.Tokenizer(ranks, "bpe").dumps())
     verify("ours", expect=1)
-    path.write_text(whole)
     verdict = rows_of(capsys)[-1]
     assert verdict["same_vocabulary"] is False and verdict["relative_error"] < 1e-5
 
 
-def test_without_the_published_files_nothing_is_called_proven(damage, capsys):
-    verify("ours", "--reference", "moved", expect=2)
-    assert "there are no published files in moved: name their folder with --reference" in capsys.readouterr().err
+def test_without_the_published_files_nothing_is_called_proven(both, capsys):
+    Path("hf").rename("moved")
+    verify("ours", expect=2)
+    assert "hf: name their folder with --reference" in capsys.readouterr().err
 
 
 def test_a_model_of_our_own_is_compared_by_way_of_the_exporter(mine, capsys):
@@ -131,7 +112,7 @@ FIRST_DIFFERENCES = {
 }
 
 
-def test_every_known_mistake_is_visible_and_undone_again(damage):
+def test_every_known_mistake_is_visible_and_undone_again(both):
     model, tokenizer = gpt.load_checkpoint("ours")
     idx = torch.arange(20)[None]
     before, functions = model(idx)[0], (gpt.attention, torch.nn.functional.gelu, gpt.Block.forward)
@@ -146,7 +127,7 @@ def test_every_known_mistake_is_visible_and_undone_again(damage):
     assert model.lm_head.weight is model.transformer.wte.weight and not model.training
 
 
-def test_a_model_without_a_mistake_shows_none(damage, monkeypatch, capsys):
+def test_a_model_without_a_mistake_shows_none(both, monkeypatch, capsys):
     monkeypatch.setattr(verify_gpt2, "MISTAKES", ["none"])
     monkeypatch.setitem(mistakes.MISTAKES, "none", lambda model: [])
     run_main(verify_gpt2.main, "ours", "--diagnose", "--json")
@@ -154,15 +135,12 @@ def test_a_model_without_a_mistake_shows_none(damage, monkeypatch, capsys):
     assert (row["logits"], row["first_difference"], row["same_greedy_tokens"]) == (0, None, 52)
 
 
-def test_a_reference_that_lacks_a_tensor_is_refused(mine, capsys):
-    from extras import export
-
-    export.main(["mine", "--format", "hf", "--out", "hf"])
+def test_a_reference_that_lacks_a_tensor_is_refused(both, capsys):
     tensors = load_file("hf/model.safetensors")
     del tensors["transformer.h.1.ln_1.bias"]
     save_file(tensors, "hf/model.safetensors", {"format": "pt"})
-    verify("mine", "--reference", "hf", expect=2)
-    assert "transformer.h.1.ln_1.bias is missing in hf" in capsys.readouterr().err
+    verify("ours", expect=2)
+    assert "transformer.h.1.ln_1.bias is missing in" in capsys.readouterr().err
 
 
 BAD = {
