@@ -80,9 +80,7 @@ BAD = {
     "no text": (["--model", "mine"], "mine has no training text"),
     "too little text": (["--model", "mine", "--data", "one.txt"], "one.txt is shorter than two tokens"),
     "large stride": ([*TEXT, "--context", "8", "--stride", "9"], "--stride 9 would skip tokens"),
-    "negative batch": ([*TEXT, "--batch_size", "-1"], "--batch_size is -1"),
     "one of them missing": (["--model", "mine", "nobody", *TEXT[2:], "--json"], "there is no checkpoint nobody"),
-    "unknown": (["--modle", "mine"], "did you mean --model?"),
 }
 
 

@@ -73,10 +73,3 @@ def test_the_entropies_are_those_before_each_token_up_to_the_end_of_text(mine, m
         logits = mine(torch.tensor([list(b"to beabc")]))[0][0, -4:]
     entropies = torch.distributions.Categorical(logits=logits).entropy().tolist()
     assert [row["entropy_start"], row["entropy_end"]] == pytest.approx([entropies[0], entropies[3]], rel=1e-4)
-
-
-@pytest.mark.parametrize("argv", [["--model", "nobody"], ["--max_new_tokens", "0"], ["--seed", "-1"]], ids=str)
-def test_bad_input_is_one_line_and_status_2(own_folder, argv, capsys):
-    run(*argv, expect=2)
-    out, error = capsys.readouterr()
-    assert error.startswith("error: ") and error.count("\n") == 1 and argv[1] in error and out == ""
