@@ -71,21 +71,20 @@ def flag(default, help, low=0, high=2**40, choices=None, shown=None):
 def check_fields(config):
     """Raise InputError for a value outside its limits."""
     for field in dataclasses.fields(config):
-        name, value, rule = field.name, getattr(config, field.name), field.metadata
-        if rule["choices"]:
-            require(value in rule["choices"], f"{name} is {value!r}, expected one of {', '.join(rule['choices'])}")
+        name, value = field.name, getattr(config, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices:
+            require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
         elif field.type in (int, float):
-            require(
-                rule["low"] <= value <= rule["high"], f"{name} is {value}, expected {rule['low']} to {rule['high']}"
-            )
+            require(low <= value <= high, f"{name} is {value}, expected {low} to {high}")
         else:
             require(value not in ("", (), [], [""]), f"{name} is empty")
 
 
 def from_flags(config_class, flags):
     """A config from those entries of a dict that are its fields."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: flags[name] for name in names & flags.keys()})
+    fields = dataclasses.fields(config_class)
+    return config_class(**{field.name: flags[field.name] for field in fields if field.name in flags})
 
 
 @dataclasses.dataclass
@@ -168,19 +167,23 @@ def merge(ids, pair, new):
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (Sennrich et al. 2016): texts -> {bytes of a token: its id}.
+    """Byte-pair encoding (Sennrich et al. 2016): from single bytes, keep merging the most frequent pair inside words.
 
-    Starts from the 256 bytes and keeps merging the most frequent pair, within words. Only the words that contain the
-    pair are counted anew.
+    texts -> {bytes of a token: its id}. A merge counts only the words anew that contain its pair.
     """
     counts = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words = [[list(word.encode()), count] for word, count in counts.items()]  # "low" -> [108, 111, 119]
     pairs = Counter()  # pair -> how often it occurs
     containing = defaultdict(set)  # pair -> the words it occurs in
-    for i, (ids, count) in enumerate(words):
+
+    def count_pairs(i, sign):
+        ids, count = words[i]
         for pair in pairwise(ids):
-            pairs[pair] += count
+            pairs[pair] += sign * count
             containing[pair].add(i)
+
+    for i in range(len(words)):
+        count_pairs(i, 1)
     tokens = [bytes([byte]) for byte in range(256)]  # id -> bytes
     ranks = {token: i for i, token in enumerate(tokens)}
     queue = [(-count, pair) for pair, count in pairs.items()]  # the most frequent first; of equals, the smaller ids
@@ -196,18 +199,13 @@ def train_bpe(texts, vocab_size):
             tokens.append(token)
         new = ranks[token]
         created = set()
-        for i in containing.pop(pair):
-            ids, count = words[i]
-            for old in pairwise(ids):
-                pairs[old] -= count
-            words[i][0] = merge(ids, pair, new)
-            for now in pairwise(words[i][0]):
-                pairs[now] += count
-                if new in now:
-                    containing[now].add(i)
-                    created.add(now)
-        for now in created:
-            heapq.heappush(queue, (-pairs[now], now))
+        for i in list(containing[pair]):
+            count_pairs(i, -1)
+            words[i][0] = merge(words[i][0], pair, new)
+            count_pairs(i, 1)
+            created.update(found for found in pairwise(words[i][0]) if new in found)
+        for found in created:
+            heapq.heappush(queue, (-pairs[found], found))
     return ranks
 
 
@@ -221,9 +219,8 @@ class Tokenizer:
         self.eot = len(ranks) if eot is None else eot
         self.encoding = tiktoken.Encoding(kind, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32  # of stored ids
-        self.token_bytes = [b""] * self.vocab_size  # id -> bytes; the end of text has none
-        for token, i in ranks.items():
-            self.token_bytes[i] = token
+        self.token_bytes = sorted(ranks, key=ranks.get)  # id -> bytes
+        self.token_bytes.insert(self.eot, b"")  # the end of text has none
 
     @classmethod
     def bytes(cls):
@@ -388,6 +385,9 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
         size = sum(len(text) for text in texts)
         if size > 2e8:
             log(f"{size / 1e6:,.0f} MB of text: python -m extras.prepare is made for that much, and takes less memory")
+        spelled = sum(text.count(EOT) for text in texts)
+        if spelled:
+            log(f"{EOT} is plain text, {spelled:,} times: to end a text there, put each into a file of its own")
         train, val = split_texts(texts, val_bytes)
         require(train and val, f"{' '.join(names)} is too little text to split in two")
         if tokenizer == "bpe":  # merges are learned from at most 16 MB, spread evenly over the text
@@ -402,11 +402,7 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
 
 
 class TokenDataset:
-    """Windows of block_size tokens, `stride` apart; targets are the inputs shifted by one.
-
-    With stride = block_size, every token but the first is a target exactly once. Where the last window lacks tokens,
-    its targets are -1, which the loss ignores.
-    """
+    """Windows of block_size tokens, `stride` apart; targets are the inputs shifted by one, -1 (ignored) at the end."""
 
     def __init__(self, tokens, block_size, stride=None):
         self.tokens, self.block_size, self.stride = tokens, block_size, stride or block_size
@@ -441,23 +437,14 @@ def windows_of_step(n, step, config):
 
 
 # ---- The model, with the names of the published GPT-2 ----
-class Dropout(nn.Module):
-    """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014).
-
-    On a CPU, F.dropout draws a random float for each of them, on one thread. Sixteen random bits are faster.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
+class Dropout(nn.Dropout):
+    """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014)."""
 
     def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        p = round(self.p * 2**16) / 2**16
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four times sixteen each
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        p = round(self.p * 2**16) / 2**16  # sixteen random bits each: F.dropout draws floats, slowly, on one thread
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # -32768 to 32767, all equally likely
         keep = numbers >= p * 2**16 - 2**15
         return x * (keep.to(x.dtype) / (1 - p))
@@ -595,10 +582,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> logits (B, T, V) and the loss in nats per token, None without targets.
-
-        The loss is the cross-entropy, the mean of -log softmax(logits)[target]; targets (B, T) of -1 are ignored.
-        """
+        """idx (B, T) -> logits (B, T, V) and, given targets (B, T), the mean cross-entropy in nats; -1 is ignored."""
         logits = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits, None
@@ -649,10 +633,9 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V) -> the probabilities (B, V) to sample from.
+    """Logits (B, V) -> the probabilities (B, V) to sample from. A temperature below 1 favours likely tokens.
 
-    temperature divides the logits: below 1 likely tokens gain. top_k keeps the k most probable tokens; top_p, of these,
-    the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2020).
+    top_k keeps the k most probable ones; top_p, of these, the fewest that add up to p (nucleus, Holtzman et al. 2020).
     """
     logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # at most 0, so that dividing can't overflow
     if top_k is not None:
@@ -741,9 +724,14 @@ def make_optimizers(model, config):
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; vectors (biases, norms) don't decay."""
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            in_block = ".h." in name and config.optimizer == "muon"
-            (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif ".h." in name and config.optimizer == "muon":
+            hidden.append(p)
+        else:
+            matrices.append(p)
     optimizers = []
     if matrices or vectors:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -782,10 +770,7 @@ def save_tensors(path, tensors, metadata):
 
 
 def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, keep_state=False, **metadata):
-    """Write model.safetensors, tokenizer.tiktoken and config.json, with the metadata (step=..., ...).
-
-    weights, {name: tensor}, replace the model's own. Raises InputError if there is a checkpoint already.
-    """
+    """Write a checkpoint with its metadata (step=...); `weights`, {name: tensor}, replace the model's own."""
     refuse_existing(folder, overwrite)
     folder = Path(folder)
     with replacing(folder / MODEL, parents=not keep_state) as part:  # a folder that has vanished since is an error
@@ -864,11 +849,11 @@ def restore(tensors, model, optimizers):
     """Put the tensors of load_run back into the model and its optimizers."""
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
-        name, *average = key.split(":")
-        if average:
-            optimizers[int(average[0])].state[parameters[name]][average[1]] = tensor.to(parameters[name].device)
+        if ":" in key:
+            name, i, average = key.split(":")
+            optimizers[int(i)].state[parameters[name]][average] = tensor.to(parameters[name].device)
         else:
-            parameters[name].data.copy_(tensor)
+            parameters[key].data.copy_(tensor)
 
 
 def plot(rows, path):
@@ -887,13 +872,12 @@ def plot(rows, path):
 # ---- Training: predict the next token, measure the loss, follow the gradient downhill ----
 @torch.no_grad()
 def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals=()):
-    """A whole TokenDataset -> loss (nats per token), perplexity, bits_per_byte, accuracy, and tokens, the denominator.
+    """A whole TokenDataset -> loss (nats per token), perplexity, bits_per_byte, accuracy, and the number of tokens.
 
-    Every target weighs the same, however they are batched; bits per byte divides by the bytes of the targets. Returns
-    None if a signal has been noted meanwhile. Leaves the model in eval mode.
+    Every target weighs the same. Returns None if a signal is noted meanwhile. Leaves the model in eval mode.
     """
     device = next(model.parameters()).device
-    n_bytes = torch.tensor([len(token) for token in tokenizer.token_bytes])  # (V,)
+    lengths = torch.tensor([len(token) for token in tokenizer.token_bytes])  # (V,)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, hits
     model.eval()
     starts = range(0, len(data), batch_size)
@@ -906,7 +890,7 @@ def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals
         targets = y[y != -1]
         hits = (logits.argmax(dim=-1).cpu() == y).sum()
         nats = loss.item() * len(targets)
-        sums += torch.tensor([nats, len(targets), n_bytes[targets].sum(), hits], dtype=torch.float64)
+        sums += torch.tensor([nats, len(targets), lengths[targets].sum(), hits], dtype=torch.float64)
     nats, tokens, n_bytes, hits = sums.clamp(min=1e-9).tolist()
     figures = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700))}
     return figures | {"bits_per_byte": nats / math.log(2) / n_bytes, "accuracy": hits / tokens, "tokens": round(tokens)}
@@ -959,10 +943,8 @@ def keep_freed_memory():
 
 
 def check_finite(value, name, step, config):
-    advice = f"{config.out} keeps the last checkpoint; use a smaller --lr, a longer --warmup_steps or --dtype float32"
-    require(
-        math.isfinite(value), f"the {name} is {value} at step {step}, lr {learning_rate(step, config):.2g}: {advice}"
-    )
+    where = f"at step {step}, lr {learning_rate(step, config):.2g}: {config.out} keeps the last checkpoint"
+    require(math.isfinite(value), f"the {name} is {value} {where}; use a smaller --lr, or --dtype float32")
 
 
 def train(model, tokenizer, train_data, val_data, config, resumed=None, export_weights=None, **fingerprints):
@@ -1009,17 +991,17 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             if figures:
                 check_finite(figures["loss"], "validation loss", step, config)
                 run["seconds"] = time.perf_counter() - started
-                train_loss = sum(run["losses"]) / max(1, len(run["losses"])) or math.nan
+                train_loss = sum(run["losses"]) / len(run["losses"]) if run["losses"] else math.nan
                 row = {"step": step, "tokens": run["tokens"], "seconds": round(run["seconds"], 2), "lr": lr}
                 row |= {"train_loss": train_loss, "val_loss": figures["loss"]}
                 row |= {"val_bits_per_byte": figures["bits_per_byte"], "grad_norm": run["grad_norm"]}
                 rows.append(row)
                 run["losses"] = []
                 spent = tqdm.format_interval(run["seconds"])
-                left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / max(1, step))
-                losses = f"training loss {train_loss:.4f}, validation loss {figures['loss']:.4f}"
+                left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / step) if step else "?"
+                learned = f"training loss {train_loss:.4f}, " if step else ""
                 log(f"step {step:,} of {config.max_steps:,}, {spent} so far, {left} left")
-                log(f"    {losses}, {figures['bits_per_byte']:.4f} bits per byte; a sample:")
+                log(f"    {learned}validation loss {figures['loss']:.4f}, {row['val_bits_per_byte']:.4f} bits per byte")
                 generator = torch.Generator(device).manual_seed(config.seed + step)
                 idx = torch.full((1, 1), tokenizer.eot, device=device)
                 idx = model.generate(idx, 48, temperature=0.8, top_p=0.9, eot=tokenizer.eot, generator=generator)
@@ -1028,7 +1010,8 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                     best = {"step": step, "validation": figures, "training": dataclasses.asdict(config)}
                     weights = export_weights and export_weights(model)
                     if RANK == 0:
-                        save_checkpoint(folder, model, tokenizer, weights, True, len(rows) > 1, **best)
+                        old = {"overwrite": True, "keep_state": len(rows) > 1}
+                        save_checkpoint(folder, model, tokenizer, weights, **old, **best)
                 if RANK == 0:
                     save_run(run, model, optimizers, folder)
 
@@ -1109,15 +1092,15 @@ def command(main):
         except BrokenPipeError:  # the reader of stdout has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except (InputError, MemoryError, RuntimeError) as error:
+        except InputError as error:
+            message = " ".join(str(error).split())
+        except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-            if not full and isinstance(error, RuntimeError):
+            if not full:
                 raise
-            message = (
-                "out of memory: choose a smaller model, context or batch" if full else " ".join(str(error).split())
-            )
-            print("error:", message, file=sys.stderr)
-            sys.exit(2)
+            message = "out of memory: choose a smaller model, context or batch"
+        print("error:", message, file=sys.stderr)
+        sys.exit(2)
 
     return run
 
