@@ -1,6 +1,5 @@
 """The claims of gpt.py, one claim per test."""
 
-import base64
 import dataclasses
 import functools
 import hashlib
@@ -35,50 +34,18 @@ from hypothesis import strategies as st
 import gpt
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ----
 
 
-def test_presets_have_the_published_parameter_counts():
-    counts = {
-        "scratch-152m": 152_791_296,
-        "gpt2": 124_439_808,
-        "gpt2-medium": 354_823_168,
-        "gpt2-large": 774_030_080,
-        "gpt2-xl": 1_557_611_200,
-    }
-    for name, count in counts.items():
+def test_presets_set_known_flags_and_have_the_published_parameter_counts():
+    gpt2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, count in {"scratch-152m": 152_791_296, **gpt2}.items():
         with torch.device("meta"):
             model = GPT(GPTConfig.preset(name))
         assert sum(p.numel() for p in model.parameters()) == count, name
-
-
-def test_every_preset_gives_defaults_for_flags_and_tiny_changes_none():
     fields = {field.name for config in (GPTConfig, TrainConfig) for field in dataclasses.fields(config)}
-    for flags in gpt.PRESETS.values():
-        assert flags.keys() <= fields
-        gpt.from_flags(TrainConfig, flags)
+    assert all(flags.keys() <= fields for flags in gpt.PRESETS.values())
     assert GPTConfig.preset("tiny") == GPTConfig()
-
-
-@pytest.mark.parametrize(
-    ("config", "wrong"),
-    [
-        (GPTConfig, {"n_embd": 10, "n_head": 3}),
-        (GPTConfig, {"n_layer": 0}),
-        (GPTConfig, {"n_layer": 10**9}),
-        (GPTConfig, {"dropout": 1.0}),
-        (GPTConfig, {"dropout": math.nan}),
-        (TrainConfig, {"lr": math.nan}),
-        (TrainConfig, {"lr": -1.0}),
-        (TrainConfig, {"optimizer": "sgd"}),
-        (TrainConfig, {"data": []}),
-        (TrainConfig, {"max_steps": 0}),
-    ],
-)
-def test_impossible_configurations_are_refused(config, wrong):
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        config(**wrong)
 
 
 def test_importing_gpt_has_no_side_effects(monkeypatch, capfd):
@@ -96,8 +63,7 @@ def test_importing_gpt_has_no_side_effects(monkeypatch, capfd):
     assert state() == before and capfd.readouterr() == ("", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# ---- Tokenizer ----
 
 
 @pytest.fixture(scope="module")
@@ -107,46 +73,31 @@ def learned():
 
 def naive_bpe(text, vocab_size):
     """The textbook algorithm: count every pair anew for every merge."""
-    words = [[bytes([byte]) for byte in word.encode()] for word in regex.findall(gpt.SPLIT, text)]
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    while len(ranks) < vocab_size:
+    words = [list(word.encode()) for word in regex.findall(gpt.SPLIT, text)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < vocab_size and max(map(len, words)) > 1:
         pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], ranks[pair[0]], ranks[pair[1]]))
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = [best[0] + best[1]]
-                i += 1
-    return ranks
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        token = tokens[best[0]] + tokens[best[1]]
+        if token not in tokens:
+            tokens.append(token)
+        words = [gpt.merge(word, best, tokens.index(token)) for word in words]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 @pytest.mark.parametrize("text", [PROSE, "aaaaaaa aaa aaaa abababab bababa", "x", "über größer Größe übergröße " * 3])
 def test_incremental_counts_give_the_merges_of_counting_anew(text):
+    assert gpt.merge([1, 2, 3, 1, 2], (1, 2), 4) == [4, 3, 4] and gpt.merge([1, 1, 1], (1, 1), 2) == [2, 1]
     assert gpt.train_bpe([text], 330) == naive_bpe(text, 330)
-
-
-def test_bpe_by_hand():
-    """l-o and o-w occur four times each; l-o has the smaller first byte."""
-    ranks = gpt.train_bpe(["low low low lower"], 259)
-    assert [token for token, rank in ranks.items() if rank >= 256] == [b"lo", b"low", b" low"]
-
-
-def test_vocab_size_counts_bytes_merges_and_end_of_text(learned):
-    assert (learned.vocab_size, learned.eot) == (300, 299)
-    assert (Tokenizer.bytes().vocab_size, Tokenizer.bytes().eot) == (257, 256)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @example(text="a<|endoftext|>b")
 def test_any_text_round_trips_and_never_gives_end_of_text(learned, text):
-    for tokenizer in (Tokenizer.bytes(), learned):
+    for tokenizer, vocab_size in ((Tokenizer.bytes(), 257), (learned, 300)):
         ids = tokenizer.encode(text)
-        assert all(0 <= i < tokenizer.eot for i in ids)
+        assert all(0 <= i < tokenizer.eot == vocab_size - 1 for i in ids) and tokenizer.vocab_size == vocab_size
         assert tokenizer.decode(ids) == text
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
 
@@ -170,22 +121,13 @@ def test_an_unreachable_gpt2_vocabulary_names_the_remedies(monkeypatch):
         Tokenizer.gpt2()
 
 
-def test_a_saved_vocabulary_comes_back_and_end_of_text_can_have_any_id(learned):
-    again = Tokenizer.loads(learned.dumps(), "bpe")
-    assert again.ranks == learned.ranks and again.encode(PROSE) == learned.encode(PROSE)
+def test_end_of_text_can_have_any_id():
     ranks = {bytes([byte]): byte + 1 for byte in range(256)}
-    shifted = Tokenizer.loads(Tokenizer(ranks, "bpe", 0).dumps(), "bpe", 0)
-    assert shifted.eot == 0 and shifted.encode("ab") == [98, 99]
+    tokenizer = Tokenizer.loads(Tokenizer(ranks, "bpe", 0).dumps(), "bpe", 0)
+    assert tokenizer.eot == 0 and tokenizer.encode("ab") == [98, 99]
 
 
-@pytest.mark.parametrize("text", ["", "junk", "YQ== 0\nYQ== 1\n", "YQ== x\n"])
-def test_a_damaged_vocabulary_is_refused(text):
-    with pytest.raises(ValueError):
-        Tokenizer.loads(text, "bpe")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dataset
+# ---- Dataset ----
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
@@ -217,12 +159,10 @@ def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
 @pytest.mark.parametrize(("limit", "expected"), [(2**20, 100), (33, 33)])
 def test_the_last_tenth_up_to_a_limit_is_for_validation_cut_between_characters(limit, expected):
     for shift in range(4):
-        texts = ["a" * (800 - shift), "x" * shift + "🤖" * 50]  # 1,000 bytes
+        texts = ["a" * (948 - shift), "x" * shift + "🤖" * 8, "b" * 20]  # 1,000 bytes
         train, val = gpt.split_texts(texts, limit)
-        assert "".join(train) + "".join(val) == "".join(texts)
+        assert "".join(train + val) == "".join(texts)
         assert expected <= len("".join(val).encode()) < expected + 4
-    train, val = gpt.split_texts(["a" * 20, "b" * 180, "c" * 10], 2**20)
-    assert (train, val) == (["a" * 20, "b" * 169], ["b" * 11, "c" * 10]) or len("".join(val)) == 21
 
 
 @pytest.mark.parametrize("size", [32, 64, 1000])
@@ -294,29 +234,22 @@ def test_reading_all_of_a_memory_mapped_file_does_not_keep_it_in_memory():
     assert in_memory() - before < 15_000_000
 
 
-@pytest.mark.parametrize("content", [b"To be, or not to be", b"<html>log in</html>"])
-def test_shakespeare_is_downloaded_once_and_checked(content, monkeypatch):
+def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
     def respond(*_, **__):
-        calls.append(content)
         response = requests.Response()
-        response.status_code = 200
-        response.raw = io.BytesIO(content)
+        response.status_code, response.raw = 200, io.BytesIO(answers.pop(0))
         return response
 
-    calls = []
+    answers = [b"<html>log in</html>", b"To be, or not to be"]
     monkeypatch.setattr(requests.Session, "request", respond)
-    monkeypatch.setattr(gpt, "SHAKESPEARE_SHA256", hashlib.sha256(b"To be, or not to be").hexdigest())
-    if content.startswith(b"To be"):
-        assert gpt.load_texts(["shakespeare"]) == gpt.load_texts(["shakespeare"]) == [content.decode()]
-        assert len(calls) == 1
-    else:
-        with pytest.raises(InputError, match=r"checksum differs: save it yourself as .*shakespeare\.txt"):
-            gpt.load_texts(["shakespeare"])
-        assert not Path(".cache").exists()
+    monkeypatch.setattr(gpt, "SHAKESPEARE_SHA256", hashlib.sha256(answers[1]).hexdigest())
+    with pytest.raises(InputError, match=r"checksum differs: save it yourself as .*shakespeare\.txt"):
+        gpt.load_texts(["shakespeare"])
+    assert not Path(".cache").exists()
+    assert gpt.load_texts(["shakespeare"]) == gpt.load_texts(["shakespeare"]) == ["To be, or not to be"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
+# ---- Model ----
 
 
 @pytest.fixture(params=[False, True], ids=["written out", "fused"])
@@ -363,15 +296,10 @@ def test_written_out_and_fused_attention_agree_with_the_definition(T, S):
         assert torch.allclose(gpt.attention(q, k, v, fused=fused), expected, atol=1e-6)
 
 
-def test_head_and_embedding_are_one_tensor(small):
-    assert small.lm_head.weight is small.transformer.wte.weight
-    assert "lm_head.weight" not in dict(small.named_parameters())
-
-
 @pytest.mark.parametrize(("vocab_size", "n_embd"), [(257, 64), (2000, 512)])
 def test_the_first_loss_is_ln_v_and_a_little(vocab_size, n_embd):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_head=4, n_layer=2, block_size=64, dropout=0.0))
+    model = GPT(GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=2))
     idx = torch.randint(0, vocab_size, (8, 65))
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
     assert loss == pytest.approx(math.log(vocab_size) + 0.0002 * n_embd, rel=0.01)
@@ -448,8 +376,7 @@ def test_a_sequence_beyond_the_context_is_refused(small):
         small(torch.zeros(1, 17, dtype=torch.long))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ----
 
 
 def recomputed(model, idx, new, generator, **options):
@@ -495,11 +422,6 @@ def test_the_cache_is_no_larger_than_needed(small, new, expected, monkeypatch):
     assert max(lengths) == expected
 
 
-def test_a_context_of_one_still_generates():
-    model = GPT(GPTConfig(block_size=1, vocab_size=10, n_layer=1, n_head=1, n_embd=4))
-    assert model.generate(torch.zeros(1, 1, dtype=torch.long), 5).shape == (1, 6)
-
-
 def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
     idx = torch.randint(0, 50, (4, 3))
     free = small.generate(idx, 30, temperature=0)
@@ -529,25 +451,13 @@ def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_top_k_keeps_k_even_among_equals():
-    assert (gpt.next_token_probs(torch.zeros(1, 4), top_k=2) > 0).sum() == 2
-
-
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.99])
-@pytest.mark.parametrize("spread", [0.5, 30])
-def test_the_nucleus_is_the_smallest_set_that_reaches_p(spread, top_p):
-    logits = spread * torch.randn(2, 50257, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probs = gpt.next_token_probs(logits, top_p=top_p)
-    for exact, found in zip(logits.softmax(-1), probs, strict=True):
-        ordered, kept = exact.sort(descending=True).values, int((found > 0).sum())
+def test_the_nucleus_is_the_smallest_set_that_reaches_p():
+    """Of 50,257 tokens, too: a running sum in float32 loses 1e-5, and reaches 1 before its end."""
+    logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ordered = logits.softmax(-1)[0].sort(descending=True).values
+    for top_p in (0.01, 0.5, 0.99):
+        kept = int((gpt.next_token_probs(logits, top_p=top_p) > 0).sum())
         assert ordered[: kept - 1].sum() - 1e-4 < top_p < ordered[:kept].sum() + 1e-4
-        expected = ordered[:kept] / ordered[:kept].sum()
-        assert torch.allclose(found.sort(descending=True).values[:kept].double(), expected, rtol=1e-3)
-
-
-def test_top_p_of_1_keeps_every_token():
-    """A running sum of 50,257 numbers in float32 reaches 1 before its end."""
-    logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0))
     assert (gpt.next_token_probs(logits, top_p=1.0) > 0).all()
 
 
@@ -570,24 +480,20 @@ def test_no_temperature_makes_nan(logits):
         assert probs.isfinite().all() and probs.sum().item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("temperature", value) for value in (-1, math.nan, math.inf, 1e-9)]
-    + [("top_p", value) for value in (0, 1.1, math.nan)]
-    + [("top_k", 0)],
-)
-def test_sampling_out_of_range_is_refused(small, name, value):
-    with pytest.raises(InputError, match=name):
-        small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
-
-
-def test_an_empty_prompt_is_refused(small):
+def test_sampling_out_of_range_and_an_empty_prompt_are_refused(small):
+    for name, values in {
+        "temperature": (-1, math.nan, math.inf, 1e-9),
+        "top_p": (0, 1.1, math.nan),
+        "top_k": (0,),
+    }.items():
+        for value in values:
+            with pytest.raises(InputError, match=name):
+                small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
     with pytest.raises(InputError, match="end-of-text"):
         small.generate(torch.zeros(1, 0, dtype=torch.long), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ----
 
 
 def bytes_model(**shape):
@@ -598,26 +504,13 @@ def test_a_checkpoint_comes_back_as_it_was(learned):
     model = bytes_model(vocab_size=300)
     gpt.save_checkpoint("here", model, learned, step=3)
     again, tokenizer = gpt.load_checkpoint("here")
-    assert (
-        not again.training
-        and again.config == model.config
-        and (tokenizer.ranks, tokenizer.kind) == (learned.ranks, "bpe")
-    )
+    assert not again.training and again.config == model.config
+    assert tokenizer.ranks == learned.ranks and tokenizer.kind == "bpe"
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other and torch.equal(p, q)
-    assert again.lm_head.weight is again.transformer.wte.weight
+    assert again.lm_head.weight is again.transformer.wte.weight and "lm_head.weight" not in parameters_of("here")
     assert json.loads(Path("here/config.json").read_text())["step"] == 3
     assert sorted(os.listdir("here")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
-
-
-def test_an_existing_checkpoint_is_replaced_only_when_asked():
-    first, second = bytes_model(), bytes_model()
-    gpt.save_checkpoint("here", first, Tokenizer.bytes())
-    with pytest.raises(InputError, match="--overwrite"):
-        gpt.save_checkpoint("here", second, Tokenizer.bytes())
-    assert torch.equal(parameters_of("here")["transformer.wpe.weight"], first.transformer.wpe.weight)
-    gpt.save_checkpoint("here", second, Tokenizer.bytes(), overwrite=True)
-    assert torch.equal(parameters_of("here")["transformer.wpe.weight"], second.transformer.wpe.weight)
 
 
 @pytest.mark.parametrize(
@@ -629,10 +522,9 @@ def test_an_existing_checkpoint_is_replaced_only_when_asked():
         ("config.json", lambda b: b"[]"),
         ("config.json", lambda b: b.replace(b'"n_layer": 3', b'"n_layer": 4')),
         ("config.json", lambda b: b.replace(b'"n_embd": 8', b'"n_embd": 80000000000')),
-        ("config.json", lambda b: b.replace(b'"n_layer": 3', b'"n_layer": "3"')),
         ("config.json", lambda b: b.replace(b'"eot": 256', b'"eot": 7')),
         ("tokenizer.tiktoken", lambda b: b[: len(b) // 2]),
-        ("tokenizer.tiktoken", lambda b: b + base64.b64encode(b"zz") + b" 256\n"),  # larger than the embedding
+        ("tokenizer.tiktoken", lambda b: b + b"eno= 256\n"),  # larger than the embedding
     ],
 )
 def test_a_damaged_checkpoint_is_refused(name, change):
@@ -646,8 +538,7 @@ def test_a_damaged_checkpoint_is_refused(name, change):
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded():
     model = bytes_model()
     gpt.save_checkpoint("here", model, Tokenizer.bytes())
-    with torch.no_grad():
-        model.transformer.ln_f.bias[0] = math.nan
+    model.transformer.ln_f.bias.data[0] = math.nan
     with pytest.raises(InputError, match=r"ln_f\.bias .* not finite"):
         gpt.save_checkpoint("here", model, Tokenizer.bytes(), overwrite=True)
     gpt.load_checkpoint("here")
@@ -667,16 +558,14 @@ def test_a_name_under_checkpoints_is_found_and_a_missing_one_lists_what_is_there
 
 
 def test_a_write_that_fails_leaves_the_old_file():
-    path = Path("f")
-    path.write_text("old")
-    with pytest.raises(InputError, match="disk is full"), gpt.replacing(path) as part:
+    Path("f").write_text("old")
+    with pytest.raises(InputError, match="disk is full"), gpt.replacing(Path("f")) as part:
         part.write_text("half of the ne")
         raise OSError("the disk is full")
-    assert path.read_text() == "old" and os.listdir() == ["f"]
+    assert Path("f").read_text() == "old" and os.listdir() == ["f"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers, schedule, gradients, metric
+# ---- Optimizers, schedule, gradients, metric ----
 
 
 def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(small):
@@ -770,8 +659,7 @@ def test_validation_weighs_every_token_alike_and_divides_by_the_bytes_of_the_tar
         assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----
 
 
 @pytest.fixture(scope="module")
@@ -808,15 +696,14 @@ def after_backward(monkeypatch, act):
 
 
 def assert_same_run(folder, other):
-    (_, tensors, best), (_, others, best_other) = gpt.load_run(folder), gpt.load_run(other)
-    assert tensors.keys() == others.keys() and best["step"] == best_other["step"]
-    assert len(tensors) > 2 * len(parameters_of(folder)), "the optimizers' averages are in it"
-    assert all(tensor.equal(others[name]) for name, tensor in tensors.items())
-    assert all(weight.equal(parameters_of(other)[name]) for name, weight in parameters_of(folder).items())
-    seconds = 2
-    assert [row[:seconds] + row[seconds + 1 :] for row in log_of(folder)] == [
-        row[:seconds] + row[seconds + 1 :] for row in log_of(other)
-    ]
+    (run, tensors, best), (other_run, other_tensors, other_best) = gpt.load_run(folder), gpt.load_run(other)
+    weights, other_weights = parameters_of(folder), parameters_of(other)
+    assert best["step"] == other_best["step"] and tensors.keys() == other_tensors.keys()
+    assert len(tensors) > 2 * len(weights), "the optimizers' averages are in it"
+    assert all(tensor.equal(other_tensors[name]) for name, tensor in tensors.items())
+    assert all(weight.equal(other_weights[name]) for name, weight in weights.items())
+    rows = [[row | {"seconds": 0} for row in each["rows"]] for each in (run, other_run)]
+    assert rows[0] == rows[1] and len(rows[0]) == len(log_of(folder)) - 1
 
 
 def test_training_writes_its_checkpoint_and_prints_its_result(trained):
@@ -873,20 +760,20 @@ def test_a_finished_run_can_be_moved_and_prolonged(here):
     assert log_of("checkpoints/scratch")[-1][0] == "16" and not here.exists()
 
 
-def test_a_resumed_run_keeps_its_shape_and_its_text(here, prose, capsys):
-    prose.write_text(PROSE + "more")
-    for flags, message in (
-        (["--n_layer", "3"], "n_layer"),
-        (["--optimizer", "adamw"], "optimizer"),
-        (["--preset", "tiny"], "--preset"),
-        (["--data", prose], "the data or the base model changed"),
-    ):
-        run_main(gpt.main, "--resume", "--out", here, *flags, expect=2)
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize("flags", ["--n_layer 3", "--optimizer adamw", "--preset tiny", "--data other.txt"])
+def test_a_resumed_run_keeps_its_shape_and_its_text(here, flags, capsys):
+    Path("other.txt").write_text(PROSE + "more")
+    run_main(gpt.main, "--resume", "--out", here, *flags.split(), expect=2)
+    assert regex.search("n_layer|optimizer|--preset|the data .* changed", capsys.readouterr().err.splitlines()[-1])
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(here):
-    gpt.save_checkpoint(here, bytes_model(), Tokenizer.bytes(), overwrite=True)
+def test_a_checkpoint_is_replaced_only_when_asked_and_then_nothing_of_it_stays(here):
+    model, before = bytes_model(), parameters_of(here)
+    with pytest.raises(InputError, match="--overwrite"):
+        gpt.save_checkpoint(here, model, Tokenizer.bytes())
+    assert all(weight.equal(before[name]) for name, weight in parameters_of(here).items())
+    gpt.save_checkpoint(here, model, Tokenizer.bytes(), overwrite=True)
+    assert torch.equal(parameters_of(here)["transformer.wpe.weight"], model.transformer.wpe.weight)
     assert not (here / gpt.STATE).exists()
 
 
@@ -908,8 +795,6 @@ def test_the_saved_weights_are_those_of_the_best_validation_and_patience_ends_th
 
 @pytest.mark.parametrize(("grad_clip", "least", "most"), [(0.5, 0.499, 0.501), (0, 100, math.inf)])
 def test_steps_follow_the_schedule_clip_the_gradient_and_drop_anew(prose, grad_clip, least, most, monkeypatch):
-    rates, norms, masks = [], [], set()
-
     def steep(model, step):
         masks.add(tuple(gpt.Dropout(0.5).train()(torch.ones(64)).tolist()))
         for p in model.parameters():
@@ -922,22 +807,11 @@ def test_steps_follow_the_schedule_clip_the_gradient_and_drop_anew(prose, grad_c
             norms.append(torch.cat(grads).norm().item())
             super().step()
 
+    rates, norms, masks = [], [], set()
     after_backward(monkeypatch, steep)
     monkeypatch.setattr(torch.optim, "AdamW", Noting)
-    run_main(
-        gpt.main,
-        *TINY,
-        "--data",
-        prose,
-        "--out",
-        "here",
-        "--optimizer",
-        "adamw",
-        "--max_steps",
-        6,
-        "--grad_clip",
-        grad_clip,
-    )
+    flags = ["--data", prose, "--out", "here", "--optimizer", "adamw", "--max_steps", 6, "--grad_clip", grad_clip]
+    run_main(gpt.main, *TINY, *flags)
     config = TrainConfig(warmup_steps=2, max_steps=6)
     assert rates == [{gpt.learning_rate(step, config)} for step in range(6)] and len(masks) == 6
     assert all(least < norm < most for norm in norms)
@@ -959,47 +833,31 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(prose, whe
     gpt.load_checkpoint("here")
 
 
-class Planned(Exception):
-    pass
-
-
-def planned(monkeypatch, *flags):
-    """Flags -> the configs of the model and of the training that would begin."""
-
-    def stop(model, tokenizer, train_data, val_data, config, *_, **__):
-        raise Planned(model.config, config)
-
-    monkeypatch.setattr(gpt, "train", stop)
-    monkeypatch.setattr(gpt, "load_texts", lambda names: [PROSE])
-    with pytest.raises(Planned) as plan:
-        gpt.main([*TINY, *flags])
-    return plan.value.args
-
-
-def test_flags_that_are_given_beat_the_preset(monkeypatch):
-    model, training = planned(monkeypatch, "--preset", "gpt2", "--vocab_size", "257")
-    assert (model.n_embd, training.max_steps) == (16, 12)
-    assert (model.dropout, training.optimizer, training.grad_accum) == (0.1, "adamw", 16)
-
-
-@pytest.mark.parametrize(
-    ("flags", "out"),
-    [(["--data", "my.txt"], "my"), (["--preset", "shakespeare-10min"], "shakespeare"), ([], "scratch")],
-)
-def test_the_folder_is_named_after_the_text(monkeypatch, flags, out):
-    assert planned(monkeypatch, *flags)[1].out == f"checkpoints/{out}"
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--max_steps", "600"], 0.15),
-        (["--max_steps", "12"], 0.0),
-        (["--max_steps", "600", "--dropout", "0"], 0.0),
+        ("--preset gpt2 --vocab_size 257", {"n_embd": 16, "max_steps": 12, "dropout": 0.1, "grad_accum": 16}),
+        ("--data my.txt", {"out": "checkpoints/my"}),
+        ("--preset shakespeare-10min", {"out": "checkpoints/shakespeare"}),
+        ("--max_steps 12", {"out": "checkpoints/scratch", "dropout": 0.0}),
+        ("--max_steps 600", {"dropout": 0.15}),
+        ("--max_steps 600 --dropout 0", {"dropout": 0.0}),
     ],
 )
-def test_dropout_is_for_text_that_is_seen_often_unless_it_is_given(monkeypatch, flags, expected):
-    assert planned(monkeypatch, *flags)[0].dropout == expected
+def test_flags_beat_presets_and_some_defaults_depend_on_the_text(flags, expected, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(model, tokenizer, train_data, val_data, config, *_, **__):
+        settled.update(vars(model.config) | vars(config))
+        raise Stop
+
+    settled = {}
+    monkeypatch.setattr(gpt, "train", stop)
+    monkeypatch.setattr(gpt, "load_texts", lambda names: [PROSE])
+    with pytest.raises(Stop):
+        gpt.main([*TINY, *flags.split()])
+    assert settled | expected == settled
 
 
 @pytest.mark.slow
@@ -1031,18 +889,14 @@ def test_compiled_training_computes_the_same(prose):
         assert torch.allclose(weight, parameters_of("compiled")[name], atol=1e-5), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
+# ---- Bad input ----
 
 
 FILES = {
     "empty.txt": b"",
     "binary.txt": b"\xff\xfea" * 50,
-    "latin1.txt": "café ".encode("latin1") * 100,
     "nul.txt": b"abc\0def" * 50,
-    "spaces.txt": b" " * 100_000,
     "short.txt": b"too short.",
-    "file": b"",
     "examples.JSONL": b"{}\n",
     "taken/" + gpt.STATE: b"not a checkpoint",
     "old/training_state.pt": b"not a checkpoint",
@@ -1052,26 +906,21 @@ BAD = [
     ("--data old", r"no \*.txt in old"),
     ("--data empty.txt", "too little text"),
     ("--data binary.txt", "binary.txt is not UTF-8"),
-    ("--data latin1.txt", "latin1.txt is not UTF-8.*position 3"),
     ("--data nul.txt", "nul.txt has NUL"),
-    ("--data spaces.txt", "100,000 spaces"),
     ("--data examples.JSONL", "is JSON, not text"),
     ("--data short.txt", "shorter than a window"),
     ("--preset huge", "invalid choice: 'huge'"),
     ("--n_embd 17", "not a multiple"),
     ("--n_layer 0", "n_layer is 0"),
-    ("--n_layer two", "invalid int"),
-    ("--lr nan", "lr is nan"),
+    ("--dropout nan", "dropout is nan"),
+    ("--lr -1", "lr is -1"),
     ("--stride 17", "stride 17"),
     ("--vocab_size 300", "bytes has a vocabulary of 257"),
-    ("--device abacus", "device 'abacus' is not available"),
     ("--device cuda:99", "device 'cuda:99' is not available"),
-    ("--dtype float8", "invalid choice: 'float8'"),
     ("--n_layers 2", "did you mean --n_layer"),
-    ("--xyzzy", "see --help"),
     ("--out=", "out is empty"),
     ("--out taken", "already holds a checkpoint: add --overwrite"),
-    ("--out file/sub", "is not a folder to write to"),
+    ("--out empty.txt/sub", "is not a folder to write to"),
     ("--resume --out nothing", "nothing to resume in nothing"),
     ("--resume --out old", "older versions"),
     ("--resume --out taken", "can't be resumed"),
@@ -1092,19 +941,21 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_overwritten(flags, me
 
 def test_an_error_in_a_real_process_has_no_traceback():
     done = script("gpt.py", "--data", "nowhere.txt")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", done.stderr.count("\n"))
-    assert "error: there is no text file nowhere.txt" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: there is no text file nowhere.txt")
 
 
 def test_running_out_of_memory_is_an_error_line_and_a_bug_keeps_its_traceback(capsys):
+    @gpt.command
     def fail(error):
         raise error
 
     for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        run_main(gpt.command(fail), error, expect=2)
+        with pytest.raises(SystemExit, match="2"):
+            fail(error)
         assert capsys.readouterr().err.startswith("error: out of memory")
     with pytest.raises(RuntimeError, match="shapes"):
-        gpt.command(fail)(RuntimeError("shapes differ"))
+        fail(RuntimeError("shapes differ"))
 
 
 def test_help_names_every_flag(capsys):
