@@ -34,9 +34,8 @@ from hypothesis import strategies as st
 import gpt
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
+
 # ---- Configuration ----
-
-
 def test_presets_set_known_flags_and_have_the_published_parameter_counts():
     gpt2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     for name, count in {"scratch-152m": 152_791_296, **gpt2}.items():
@@ -45,7 +44,6 @@ def test_presets_set_known_flags_and_have_the_published_parameter_counts():
         assert sum(p.numel() for p in model.parameters()) == count, name
     fields = {field.name for config in (GPTConfig, TrainConfig) for field in dataclasses.fields(config)}
     assert all(flags.keys() <= fields for flags in gpt.PRESETS.values())
-    assert GPTConfig.preset("tiny") == GPTConfig()
 
 
 def test_importing_gpt_has_no_side_effects(monkeypatch, capfd):
@@ -64,8 +62,6 @@ def test_importing_gpt_has_no_side_effects(monkeypatch, capfd):
 
 
 # ---- Tokenizer ----
-
-
 @pytest.fixture(scope="module")
 def learned():
     return Tokenizer.bpe([PROSE], 300)
@@ -114,37 +110,23 @@ def test_gpt2_has_the_published_ids(gpt2_vocabulary):
 
 def test_an_unreachable_gpt2_vocabulary_names_the_remedies(monkeypatch):
     def offline(name):
-        raise ConnectionError("no route")
+        raise requests.ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(InputError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         Tokenizer.gpt2()
 
 
-def test_end_of_text_can_have_any_id():
-    ranks = {bytes([byte]): byte + 1 for byte in range(256)}
-    tokenizer = Tokenizer.loads(Tokenizer(ranks, "bpe", 0).dumps(), "bpe", 0)
-    assert tokenizer.eot == 0 and tokenizer.encode("ab") == [98, 99]
-
-
 # ---- Dataset ----
-
-
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_targets_are_the_inputs_shifted_by_one_and_no_token_is_left_out(stride):
-    data = TokenDataset(np.arange(50, dtype=np.uint16), block_size=8, stride=stride)
+@pytest.mark.parametrize("n", [2, 7, 8, 9, 10, 17, 18, 50])
+def test_targets_are_the_inputs_shifted_by_one_and_no_token_is_left_out(n, stride):
+    data = TokenDataset(np.arange(n, dtype=np.uint16), block_size=8, stride=stride)
     x, y = data.batch(range(len(data)))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (len(data), 8)
-    assert x[:, 0].tolist() == list(range(0, stride * len(data), stride))
     known = y != -1
-    assert torch.equal(y[known], x[known] + 1) and set(y[known].tolist()) == set(range(1, 50))
-
-
-@pytest.mark.parametrize("n", [2, 7, 8, 9, 10, 17, 18, 100])
-def test_in_validation_every_token_except_the_first_is_a_target_once(n):
-    data = TokenDataset(np.arange(n, dtype=np.uint16), block_size=8)
-    _, y = data.batch(range(len(data)))
-    assert sorted(y[y != -1].tolist()) == list(range(1, n))
+    assert torch.equal(y[known], x[known] + 1) and set(y[known].tolist()) == set(range(1, n))
+    assert stride < 8 or known.sum() == n - 1, "in validation, every token is a target once"
 
 
 def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
@@ -174,34 +156,23 @@ def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(size, monkeypatch, l
     assert gpt.tokenize([text], learned).tolist() == [learned.eot, *learned.encode(text)]
 
 
-def test_files_are_joined_by_end_of_text_and_its_spelling_is_plain_text(capsys):
-    texts = {"b.TXT": "second " * 30, "a.txt": "first", "sub/c.txt": "<|endoftext|> third " * 10}
+def test_files_come_in_sorted_as_plain_text_and_joined_by_end_of_text(capsys):
+    files = {"b.TXT": "second " * 30, "a.txt": "\ufefffirst\r\n", "sub/c.txt": "<|endoftext|> third " * 10}
     others = {"c.md": "no", "._a.txt": "hidden", ".git/d.txt": "hidden"}
-    for name, text in (texts | others).items():
+    for name, text in (files | others).items():
         Path("texts", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("texts", name).write_text(text)
-    assert gpt.load_texts(["texts"]) == [texts[name] for name in ("a.txt", "b.TXT", "sub/c.txt")]
+        Path("texts", name).write_bytes(text.encode())
+    assert gpt.load_texts(["texts"]) == ["first\n", files["b.TXT"], files["sub/c.txt"]]
     tokenizer, train, val = gpt.load_data(["texts"], "bytes")
     assert train.tolist().count(tokenizer.eot) == 3 and val.tolist().count(tokenizer.eot) == 1
-    assert tokenizer.decode(train[:20].tolist()) == "firstsecond second"
+    assert tokenizer.decode(train[:21].tolist()) == "first\nsecond second"
     assert "<|endoftext|> is plain text, 10 times" in capsys.readouterr().err
-
-
-def test_text_comes_in_without_byte_order_mark_and_carriage_returns():
-    Path("t.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
-    assert gpt.read_text(Path("t.txt")) == "one\ntwo\n"
 
 
 def test_a_vocabulary_is_learned_from_the_training_part_only():
     Path("t.txt").write_text("ab " * 900 + "zq " * 100)
     tokenizer, *_ = gpt.load_data(["t.txt"], "bpe", 270)
     assert not any(b"z" in token or b"q" in token for token, rank in tokenizer.ranks.items() if rank >= 256)
-
-
-def test_ids_beyond_16_bits_are_kept():
-    wide = Tokenizer(Tokenizer.bytes().ranks | {b"%06d" % i: 256 + i for i in range(70_000)}, "bpe")
-    ids = gpt.tokenize(["069999"], wide)
-    assert ids.tolist() == [wide.eot, 256 + 69_999] and gpt.tokenize(["a"], Tokenizer.bytes()).dtype == np.uint16
 
 
 def test_pydoc_repeats_no_paragraph():
@@ -217,21 +188,6 @@ def test_a_prepared_folder_is_memory_mapped_with_its_own_vocabulary(learned):
     np.array([1, 2, 3], np.uint16).tofile("corpus/val.bin")
     tokenizer, train, val = gpt.load_data(["corpus"], "gpt2")
     assert isinstance(train, np.memmap) and tokenizer.decode(train.tolist()) == PROSE and val.tolist() == [1, 2, 3]
-    with pytest.raises(InputError, match="vocabulary of its own"):
-        gpt.load_data(["corpus"], Tokenizer.bytes())
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_reading_all_of_a_memory_mapped_file_does_not_keep_it_in_memory():
-    def in_memory():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    np.zeros(25_000_000, np.uint16).tofile("t.bin")
-    data = TokenDataset(np.memmap("t.bin", np.uint16, "r"), 64)
-    before = in_memory()
-    for start in range(0, len(data) - 1280, 1280):
-        data.batch(range(start, start + 1280, 20))  # every page is touched
-    assert in_memory() - before < 15_000_000
 
 
 def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
@@ -245,13 +201,10 @@ def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
     monkeypatch.setattr(gpt, "SHAKESPEARE_SHA256", hashlib.sha256(answers[1]).hexdigest())
     with pytest.raises(InputError, match=r"checksum differs: save it yourself as .*shakespeare\.txt"):
         gpt.load_texts(["shakespeare"])
-    assert not Path(".cache").exists()
     assert gpt.load_texts(["shakespeare"]) == gpt.load_texts(["shakespeare"]) == ["To be, or not to be"]
 
 
 # ---- Model ----
-
-
 @pytest.fixture(params=[False, True], ids=["written out", "fused"])
 def either_attention(request, monkeypatch):
     monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=request.param))
@@ -317,21 +270,6 @@ def test_initialization_has_the_standard_deviations_of_gpt2():
             assert (p == (1 if "ln_" in name and name.endswith("weight") else 0)).all(), name
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_one_batch_can_be_memorized(optimizer):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
-    optimizers = gpt.make_optimizers(model, TrainConfig(optimizer=optimizer, lr=2e-2))
-    idx = torch.randint(0, 64, (2, 17))
-    for _ in range(50):
-        loss = model(idx[:, :-1], idx[:, 1:])[1]
-        loss.backward()
-        for each in optimizers:
-            each.step()
-            each.zero_grad()
-    assert loss.item() < 0.1
-
-
 def test_the_loss_is_the_mean_cross_entropy_of_the_targets_that_count(small):
     idx, targets = torch.randint(0, 50, (3, 16)), torch.randint(0, 50, (3, 16))
     targets[0, :5] = -1
@@ -371,14 +309,7 @@ def test_dropout_keeps_the_mean_and_drops_independently(p):
         assert together == pytest.approx(p * p, abs=0.003)
 
 
-def test_a_sequence_beyond_the_context_is_refused(small):
-    with pytest.raises(InputError, match="17 tokens do not fit into the context of 16"):
-        small(torch.zeros(1, 17, dtype=torch.long))
-
-
 # ---- Generation ----
-
-
 def recomputed(model, idx, new, generator, **options):
     """The naive loop: every step computes the whole window, which keeps its last half when the context is full."""
     window = idx[:, -model.config.block_size :]
@@ -396,17 +327,8 @@ def test_the_cache_changes_nothing(small, prompt, new, options):
     idx = torch.randint(0, 50, (3, prompt), generator=torch.Generator().manual_seed(1))
     before = torch.get_rng_state()
     cached = small.generate(idx, new, generator=torch.Generator().manual_seed(2), **options)
-    assert cached.shape == (3, prompt + new)
     assert torch.equal(cached, recomputed(small, idx, new, torch.Generator().manual_seed(2), **options))
     assert torch.equal(before, torch.get_rng_state()), "a generator of one's own leaves the global one alone"
-
-
-def test_cached_logits_equal_those_of_the_whole_sequence(small):
-    idx = torch.randint(0, 50, (2, 16))
-    caches = [gpt.KVCache(16) for _ in small.transformer.h]
-    with torch.no_grad():
-        parts = [small.lm_head(small.hidden(part, caches)) for part in idx.split([5, 1, 4, 6], dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), small(idx)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("new", "expected"), [(5, 9), (500, 16)])
@@ -440,10 +362,11 @@ def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
         ([0.15, 0.05, 0.5, 0.3], {"top_p": 0.45}, [0, 0, 1, 0]),
         ([0.5, 0.3, 0.15, 0.05], {"top_p": 1e-50}, [1, 0, 0, 0]),
         ([0.1, 0.6, 0.3], {"top_k": 2}, [0, 2 / 3, 1 / 3]),
-        ([0.1, 0.6, 0.3], {"top_k": 100}, [0.1, 0.6, 0.3]),
         ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.55}, [1, 0, 0, 0]),  # of the two, the first has 0.571
         ([0.8, 0.2], {"temperature": 0.5}, [16 / 17, 1 / 17]),
         ([0.8, 0.2], {"temperature": 2.0}, [2 / 3, 1 / 3]),
+        ([0.6, 0.4, 0.0], {"temperature": 1e-6}, [1, 0, 0]),
+        ([0.6, 0.4, 0.0], {"temperature": 1e6}, [0.5, 0.5, 0]),
     ],
 )
 def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
@@ -473,29 +396,21 @@ def test_tokens_are_sampled_as_often_as_their_probabilities_say():
     assert gpt.sample_next_token(logits, temperature=0).item() == 7
 
 
-@pytest.mark.parametrize("logits", [[-3.4e38, 3.4e38], [-math.inf, 1.0], [0.0, 1.0]])
-def test_no_temperature_makes_nan(logits):
-    for temperature in (1e-6, 1, 1e6):
-        probs = gpt.next_token_probs(torch.tensor([logits]), temperature)
-        assert probs.isfinite().all() and probs.sum().item() == pytest.approx(1)
+@pytest.mark.parametrize(("name", "values"), [("temperature", [-1, math.nan]), ("top_p", [0, 1.1]), ("top_k", [0])])
+def test_sampling_out_of_range_is_refused(small, name, values):
+    for value in values:
+        with pytest.raises(InputError, match=name):
+            small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
 
 
-def test_sampling_out_of_range_and_an_empty_prompt_are_refused(small):
-    for name, values in {
-        "temperature": (-1, math.nan, math.inf, 1e-9),
-        "top_p": (0, 1.1, math.nan),
-        "top_k": (0,),
-    }.items():
-        for value in values:
-            with pytest.raises(InputError, match=name):
-                small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
+def test_a_prompt_that_is_empty_and_a_sequence_beyond_the_context_are_refused(small):
     with pytest.raises(InputError, match="end-of-text"):
         small.generate(torch.zeros(1, 0, dtype=torch.long), 1)
+    with pytest.raises(InputError, match="17 tokens do not fit into the context of 16"):
+        small(torch.zeros(1, 17, dtype=torch.long))
 
 
 # ---- Checkpoints ----
-
-
 def bytes_model(**shape):
     return GPT(GPTConfig(**{"block_size": 16, "vocab_size": 257, "n_layer": 3, "n_head": 2, "n_embd": 8} | shape))
 
@@ -519,10 +434,8 @@ def test_a_checkpoint_comes_back_as_it_was(learned):
         ("model.safetensors", lambda b: b[: len(b) // 2]),
         ("model.safetensors", lambda b: b"\xff" * 8 + b[8:]),
         ("config.json", lambda b: b[: len(b) // 2]),
-        ("config.json", lambda b: b"[]"),
         ("config.json", lambda b: b.replace(b'"n_layer": 3', b'"n_layer": 4')),
         ("config.json", lambda b: b.replace(b'"n_embd": 8', b'"n_embd": 80000000000')),
-        ("config.json", lambda b: b.replace(b'"eot": 256', b'"eot": 7')),
         ("tokenizer.tiktoken", lambda b: b[: len(b) // 2]),
         ("tokenizer.tiktoken", lambda b: b + b"eno= 256\n"),  # larger than the embedding
     ],
@@ -566,8 +479,6 @@ def test_a_write_that_fails_leaves_the_old_file():
 
 
 # ---- Optimizers, schedule, gradients, metric ----
-
-
 def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(small):
     for name, expected in (("adamw", 1), ("muon", 2)):
         optimizers = gpt.make_optimizers(small, TrainConfig(optimizer=name, weight_decay=0.3))
@@ -609,15 +520,6 @@ def test_the_learning_rate_warms_up_and_decays_linearly():
     assert gpt.learning_rate(5, TrainConfig(warmup_steps=5, max_steps=5)) == TrainConfig().lr
 
 
-class Masked(TokenDataset):
-    """Every third window counts half of its targets only."""
-
-    def batch(self, windows):
-        x, y = super().batch(windows)
-        y[np.asarray(windows) % 3 == 0, ::2] = -1
-        return x, y
-
-
 def gradient(model, data, dtype=torch.float32, **config):
     model.zero_grad()
     loss, tokens = gpt.forward_backward(model, data, 0, TrainConfig(**config), dtype)
@@ -625,11 +527,10 @@ def gradient(model, data, dtype=torch.float32, **config):
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(small):
-    data = Masked(np.random.default_rng(0).integers(0, 50, 400), 16)
+    data = TokenDataset(np.random.default_rng(0).integers(0, 50, 11 * 16 + 4), 16)  # of 12 windows, one has 3 targets
     loss, tokens, whole = gradient(small, data, batch_size=12)
     parts_loss, parts_tokens, parts = gradient(small, data, batch_size=3, grad_accum=4)
-    _, y = data.batch(gpt.windows_of_step(len(data), 0, TrainConfig(batch_size=12))[0])
-    assert tokens == parts_tokens == (y != -1).sum() < 12 * 16
+    assert tokens == parts_tokens == 11 * 16 + 3
     assert loss == pytest.approx(parts_loss, rel=1e-6) and torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
 
 
@@ -660,8 +561,6 @@ def test_validation_weighs_every_token_alike_and_divides_by_the_bytes_of_the_tar
 
 
 # ---- Training ----
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run that nothing disturbed: its folder, its flags, and what it printed."""
@@ -670,7 +569,7 @@ def trained(tmp_path_factory):
     flags = [*TINY, "--data", str(home / "prose.txt"), "--dropout", "0.2", "--grad_accum", "2"]
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         gpt.main([*flags, "--out", str(home / "run")])
-    return SimpleNamespace(folder=home / "run", flags=flags, out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(home=home, folder=home / "run", flags=flags, out=out.getvalue(), err=err.getvalue())
 
 
 @pytest.fixture
@@ -753,11 +652,9 @@ def test_a_crash_between_the_files_of_a_save_is_repaired(trained, monkeypatch):
     assert_same_run("here", trained.folder)
 
 
-def test_a_finished_run_can_be_moved_and_prolonged(here):
-    Path("checkpoints").mkdir()
-    here.rename("checkpoints/scratch")
-    gpt.main(["--resume", "--max_steps", "16"])
-    assert log_of("checkpoints/scratch")[-1][0] == "16" and not here.exists()
+def test_a_finished_run_can_be_prolonged(here):
+    gpt.main(["--resume", "--out", "here", "--max_steps", "16"])
+    assert [row[0] for row in log_of(here)[-2:]] == ["12", "16"]
 
 
 @pytest.mark.parametrize("flags", ["--n_layer 3", "--optimizer adamw", "--preset tiny", "--data other.txt"])
@@ -788,7 +685,7 @@ def test_the_saved_weights_are_those_of_the_best_validation_and_patience_ends_th
     losses = [float(row[5]) for row in log_of("here")[1:]]
     best = min(losses)
     assert best < losses[-1] and losses.index(best) == len(losses) - 3
-    data = TokenDataset(gpt.load_data([trained.flags[-5]], "bytes")[2], 16)
+    data = TokenDataset(gpt.load_data([trained.home / "prose.txt"], "bytes")[2], 16)
     found = gpt.evaluate(model, data, tokenizer, 4, gpt.resolve_dtype("auto", torch.device("cpu")))
     assert found["loss"] == pytest.approx(best, rel=1e-6)
 
@@ -826,8 +723,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(prose, whe
 
     after_backward(monkeypatch, poison)
     run_main(gpt.main, *TINY, "--data", prose, "--out", "here", expect=2)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the ") and where in error and "at step 6" in error and "--lr" in error
+    assert regex.search(f"error: the .*{where} .*at step 6.*--lr", capsys.readouterr().err.splitlines()[-1])
     run, tensors, _ = gpt.load_run("here")
     assert run["step"] == 4 and all(tensor.isfinite().all() for tensor in tensors.values())
     gpt.load_checkpoint("here")
@@ -837,25 +733,22 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(prose, whe
     ("flags", "expected"),
     [
         ("--preset gpt2 --vocab_size 257", {"n_embd": 16, "max_steps": 12, "dropout": 0.1, "grad_accum": 16}),
-        ("--data my.txt", {"out": "checkpoints/my"}),
         ("--preset shakespeare-10min", {"out": "checkpoints/shakespeare"}),
+        ("--data my.txt", {"out": "checkpoints/my"}),
         ("--max_steps 12", {"out": "checkpoints/scratch", "dropout": 0.0}),
         ("--max_steps 600", {"dropout": 0.15}),
         ("--max_steps 600 --dropout 0", {"dropout": 0.0}),
     ],
 )
 def test_flags_beat_presets_and_some_defaults_depend_on_the_text(flags, expected, monkeypatch):
-    class Stop(Exception):
-        pass
-
     def stop(model, tokenizer, train_data, val_data, config, *_, **__):
         settled.update(vars(model.config) | vars(config))
-        raise Stop
+        sys.exit()
 
     settled = {}
     monkeypatch.setattr(gpt, "train", stop)
     monkeypatch.setattr(gpt, "load_texts", lambda names: [PROSE])
-    with pytest.raises(Stop):
+    with pytest.raises(SystemExit):
         gpt.main([*TINY, *flags.split()])
     assert settled | expected == settled
 
@@ -866,16 +759,13 @@ def test_two_processes_compute_what_one_computes(prose):
     flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2"]
     flags += ["--optimizer", "adamw", "--out"]
     one = script("gpt.py", *flags, "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "gpt.py"), *flags, "two"]
-    two = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gpt.py"]
+    two = subprocess.run([*torchrun, *flags, "two"], capture_output=True, text=True, timeout=240, check=False)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert one.stdout.replace("one", "two") == two.stdout
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name
-    losses = [[float(row[5]) for row in log_of(name)[1:]] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -890,12 +780,9 @@ def test_compiled_training_computes_the_same(prose):
 
 
 # ---- Bad input ----
-
-
 FILES = {
     "empty.txt": b"",
     "binary.txt": b"\xff\xfea" * 50,
-    "nul.txt": b"abc\0def" * 50,
     "short.txt": b"too short.",
     "examples.JSONL": b"{}\n",
     "taken/" + gpt.STATE: b"not a checkpoint",
@@ -906,14 +793,11 @@ BAD = [
     ("--data old", r"no \*.txt in old"),
     ("--data empty.txt", "too little text"),
     ("--data binary.txt", "binary.txt is not UTF-8"),
-    ("--data nul.txt", "nul.txt has NUL"),
     ("--data examples.JSONL", "is JSON, not text"),
     ("--data short.txt", "shorter than a window"),
     ("--preset huge", "invalid choice: 'huge'"),
     ("--n_embd 17", "not a multiple"),
-    ("--n_layer 0", "n_layer is 0"),
     ("--dropout nan", "dropout is nan"),
-    ("--lr -1", "lr is -1"),
     ("--stride 17", "stride 17"),
     ("--vocab_size 300", "bytes has a vocabulary of 257"),
     ("--device cuda:99", "device 'cuda:99' is not available"),
@@ -934,8 +818,8 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_overwritten(flags, me
         Path(name).write_bytes(content)
     run_main(gpt.main, *TINY, "--data", prose, *flags.split(), expect=2)
     out, err = capsys.readouterr()
-    assert out == "" and err.count("error: ") == 1 and regex.search(message, err.splitlines()[-1]), err
-    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert out == "" and err.count("error: ") == 1 and last.startswith("error: ") and regex.search(message, last), err
     assert all(Path(name).read_bytes() == content for name, content in FILES.items())
 
 
