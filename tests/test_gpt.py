@@ -685,7 +685,7 @@ def test_the_saved_weights_are_those_of_the_best_validation_and_patience_ends_th
     losses = [float(row[5]) for row in log_of("here")[1:]]
     best = min(losses)
     assert best < losses[-1] and losses.index(best) == len(losses) - 3
-    data = TokenDataset(gpt.load_data([trained.home / "prose.txt"], "bytes")[2], 16)
+    data = TokenDataset(gpt.load_data([str(trained.home / "prose.txt")], "bytes")[2], 16)
     found = gpt.evaluate(model, data, tokenizer, 4, gpt.resolve_dtype("auto", torch.device("cpu")))
     assert found["loss"] == pytest.approx(best, rel=1e-6)
 
