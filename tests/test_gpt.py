@@ -331,6 +331,14 @@ def test_the_cache_changes_nothing(small, prompt, new, options):
     assert torch.equal(before, torch.get_rng_state()), "a generator of one's own leaves the global one alone"
 
 
+def test_cached_logits_equal_those_of_the_whole_sequence(small):
+    idx = torch.randint(0, 50, (2, 16))
+    caches = [gpt.KVCache(16) for _ in small.transformer.h]
+    with torch.no_grad():
+        parts = [small.lm_head(small.hidden(part, caches)) for part in idx.split([5, 1, 4, 6], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), small(idx)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(("new", "expected"), [(5, 9), (500, 16)])
 def test_the_cache_is_no_larger_than_needed(small, new, expected, monkeypatch):
     class Noting(gpt.KVCache):
@@ -840,10 +848,3 @@ def test_running_out_of_memory_is_an_error_line_and_a_bug_keeps_its_traceback(ca
         assert capsys.readouterr().err.startswith("error: out of memory")
     with pytest.raises(RuntimeError, match="shapes"):
         fail(RuntimeError("shapes differ"))
-
-
-def test_help_names_every_flag(capsys):
-    run_main(gpt.main, "--help", expect=0)
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(GPTConfig) + dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in text and field.metadata["help"][:20] in " ".join(text.split())
