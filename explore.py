@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import gpt
-from debug.activations import hooked
+from debug.activations import inspect
 from extras import tables
 from gpt import command, log, require
 from sample import open_model
@@ -28,38 +28,14 @@ BUDGET = 1_350_000  # bytes for attention, and as many for logits, before base64
 TEMPERATURES = [n / 10 for n in range(21)]  # the stops of the page's slider
 
 
-@torch.no_grad()
-def inspect(model, ids):
-    """ids -> logits (T, V), attention (L, H, T, T), the lens' five best (L + 1, T, 5), norms (L + 1, T) and (L, T)."""
-    blocks = model.transformer.h
-    watched = {("stream", 0): (model.transformer.drop, "out")}
-    for i, block in enumerate(blocks):
-        parts = {"stream": block, "qkv": block.attn.c_attn, "attention": block.attn, "mlp": block.mlp}
-        watched |= {(part, i + (part == "stream")): (module, "out") for part, module in parts.items()}
-    with hooked(watched) as seen:
-        logits = model(torch.tensor([ids], device=next(model.parameters()).device))[0][0].float()  # (T, V)
-    outputs = {key: tensors[0][0].float() for key, tensors in seen.items()}  # (T, C), qkv (T, 3C)
-    found = {"logits": logits, "attention": []}
-    for part in ("stream", "attention", "mlp"):
-        found[f"{part}_norm"] = torch.stack([x.norm(dim=-1) for (key, _), x in outputs.items() if key == part])
-    for i in range(len(blocks)):
-        q, k, _ = outputs["qkv", i].view(len(ids), 3, model.config.n_head, -1).permute(1, 2, 0, 3)  # each (H, T, D)
-        future = torch.ones(len(ids), len(ids), dtype=torch.bool, device=q.device).triu(1)
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        found["attention"].append(scores.masked_fill(future, -math.inf).softmax(-1))  # (H, T, T)
-    found["attention"] = torch.stack(found["attention"])
-    lens = []
-    for i in range(len(blocks) + 1):
-        said = model.lm_head(model.transformer.ln_f(seen["stream", i][0][0])).float()  # (T, V)
-        lens.append(said.softmax(-1).topk(min(5, logits.shape[-1])))
-    return found | {"lens_probs": torch.stack([x[0] for x in lens]), "lens_ids": torch.stack([x[1] for x in lens])}
+def content(tokenizer, i):
+    return tokenizer.token_bytes[i] if i < tokenizer.vocab_size else b""
 
 
 def spell(tokenizer, i):
     """The text of an id; its bytes where they form no character, its number where it has none."""
-    content = b"".join(tokenizer.token_bytes[i : i + 1])
-    text = content.decode(errors="replace")
-    return (f"<{content.hex(' ')}>" if "\ufffd" in text else text) or f"<{i}>"
+    text = content(tokenizer, i).decode(errors="replace")
+    return f"<{content(tokenizer, i).hex(' ')}>" if "\ufffd" in text else text or f"<{i}>"
 
 
 def pack(x, dtype):
@@ -85,14 +61,12 @@ def page_data(name, model, tokenizer, ids, n_prompt, seen):
     came = log_probs[range(T - 1), ids[1:]]
     rank = (log_probs[:-1] > came[:, None]).sum(-1) + 1
     data = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters()), **vars(model.config)}}
-    data["tokens"] = [{"id": i, "text": spell(tokenizer, i)} for i in ids]
-    for token in data["tokens"]:
-        token["bytes"] = b"".join(tokenizer.token_bytes[token["id"] : token["id"] + 1]).hex(" ")
+    data["tokens"] = [{"id": i, "text": spell(tokenizer, i), "bytes": content(tokenizer, i).hex(" ")} for i in ids]
     data |= {"n_prompt": n_prompt, "log_prob": [None, *came.tolist()], "rank": [None, *rank.tolist()]}
     data |= {"left_out": left_out, "n_attention": n_attention, "temperatures": TEMPERATURES}
     data |= {"logits": pack(levels.round(), "uint16"), "ranges": pack(ranges, "float32")}
-    data["attention"] = pack((seen["attention"][:, :, rows, columns] * 65535).round(), "uint16")
     data |= {"lens_ids": pack(seen["lens_ids"], "uint32"), "lens_probs": pack(seen["lens_probs"], "float32")}
+    data["attention"] = pack((seen["attention"][:, :, rows, columns] * 65535).round(), "uint16")
     data |= {key: seen[key].tolist() for key in ("stream_norm", "attention_norm", "mlp_norm")}
     used = range(V)
     if V > CARRIED:
@@ -115,18 +89,18 @@ def show_text(tokenizer, ids, seen):
         rows.append({"position": t, "token": name, "probability": p, "expected next": expected})
     tables.show(rows)
     print("\nWhere the last token looks most:")
-    heads = [(b, h) for b in range(len(seen["attention"])) for h in range(seen["attention"].shape[1])]
-    last = {(b, h): seen["attention"][b, h, -1] for b, h in heads}
-    tables.show(
-        {"block": b, "head": h, "token": names[w.argmax()], "weight": w.max().item()} for (b, h), w in last.items()
-    )
+    weights, tokens = seen["attention"][:, :, -1].max(dim=-1)  # (L, H) each
+    rows = []
+    for (block, head), weight in np.ndenumerate(weights.numpy()):
+        rows.append({"block": block, "head": head, "token": names[tokens[block, head]], "weight": float(weight)})
+    tables.show(rows)
     print("\nThe residual stream of the last token, and what the head would say after each block (logit lens):")
     rows = []
     for i, norms in enumerate(seen["stream_norm"]):
         added = {part: seen[f"{part}_norm"][i - 1, -1].item() if i else 0.0 for part in ("attention", "mlp")}
-        says = {"says": repr(spell(tokenizer, seen["lens_ids"][i, -1, 0].item()))}
-        says["probability"] = seen["lens_probs"][i, -1, 0].item()
-        rows.append({"after": f"block {i - 1}" if i else "embedding", "norm": norms[-1].item()} | added | says)
+        best, p = spell(tokenizer, seen["lens_ids"][i, -1, 0].item()), seen["lens_probs"][i, -1, 0].item()
+        after = {"after": f"block {i - 1}" if i else "embedding", "norm": norms[-1].item()}
+        rows.append(after | added | {"says": repr(best), "probability": p})
     tables.show(rows)
 
 
@@ -146,19 +120,17 @@ def main(argv=None):
     add("--text", action="store_true", help="print tables, and write no page")
     add("--json", action="store_true", help="print all numbers as one JSON object, and write no page")
     args = parser.parse_args(argv)
-    require(0 <= args.max_new_tokens <= 2**20, f"--max_new_tokens is {args.max_new_tokens}, expected 0 to 2**20")
-    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
     out = Path(args.out)
-    require(out.name and out.parent.is_dir() and not out.is_dir(), f"--out {args.out} can't be written: name a file")
-    ours = not out.exists() or MARK in out.read_text(encoding="utf-8", errors="replace")[:2000]
-    free = ours or args.overwrite or args.text or args.json
+    unwritten = args.text or args.json or not out.exists()
+    free = args.overwrite or unwritten or (out.is_file() and MARK in out.read_text(errors="replace")[:2000])
     require(free, f"{out} already exists and is not a page of explore.py: add --overwrite, or choose another --out")
-    model, tokenizer = open_model(args.model, gpt.resolve_device(args.device), args.dtype, args.adapter)
+    device = gpt.resolve_device(args.device)
+    model, tokenizer = open_model(args.model, device, args.dtype, args.adapter)
     context, prompt = model.config.block_size, tokenizer.encode(args.prompt) or [tokenizer.eot]
     if len(prompt) > context:
         log(f"the prompt has {len(prompt):,} tokens, only the last {context:,} fit into the context")
-    idx = torch.tensor([prompt[-context:]], device=next(model.parameters()).device)
-    n_prompt, generator = idx.shape[1], torch.Generator(idx.device).manual_seed(args.seed)
+    idx = torch.tensor([prompt[-context:]], device=device)
+    n_prompt, generator = idx.shape[1], torch.Generator(device).manual_seed(args.seed)
     options = {"temperature": 0.8, "eot": tokenizer.eot, "generator": generator}
     ids = model.generate(idx, min(args.max_new_tokens, context - n_prompt), **options)[0].tolist()
     seen = inspect(model, ids)
