@@ -355,14 +355,13 @@ def test_the_cache_is_no_larger_than_needed(small, new, expected, monkeypatch):
 
 
 def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
-    idx = torch.randint(0, 50, (4, 3))
-    free = small.generate(idx, 30, temperature=0)
-    eot = free[0, 6].item()
-    out = small.generate(idx, 30, temperature=0, eot=eot)
-    for row, unbounded in zip(out[:, 3:].tolist(), free[:, 3:].tolist(), strict=True):
-        end = unbounded.index(eot) if eot in unbounded else len(row)
-        assert row[:end] == unbounded[:end] and set(row[end:]) <= {eot}
-    assert small.generate(idx[:1], 30, temperature=0, eot=eot).shape[1] == 3 + free[0, 3:].tolist().index(eot) + 1
+    def sampled(**options):
+        return small.generate(idx, 300, generator=torch.Generator().manual_seed(0), **options)[:, 3:].tolist()
+
+    idx, eot = torch.randint(0, 50, (4, 3), generator=torch.Generator().manual_seed(0)), 7
+    ends = [row.index(eot) for row in sampled()]
+    expected = [row[:end] + [eot] * (max(ends) + 1 - end) for row, end in zip(sampled(), ends, strict=True)]
+    assert min(ends) < max(ends) and sampled(eot=eot) == expected
 
 
 @pytest.mark.parametrize(
