@@ -190,6 +190,22 @@ def test_a_prepared_folder_is_memory_mapped_with_its_own_vocabulary(learned):
     np.array([1, 2, 3], np.uint16).tofile("corpus/val.bin")
     tokenizer, train, val = gpt.load_data(["corpus"], "gpt2")
     assert isinstance(train, np.memmap) and tokenizer.decode(train.tolist()) == PROSE and val.tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match="vocabulary of its own"):
+        gpt.load_data(["corpus"], Tokenizer.bytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_does_not_grow_while_a_mapped_file_is_read():
+    np.zeros(50_000_000, np.uint16).tofile("t.bin")
+    data = TokenDataset(np.memmap("t.bin", np.uint16, "r"), 64)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for start in range(0, len(data) - 64, 64 * 20):
+        data.batch(range(start, start + 64 * 20, 20))
+    assert resident() - before < 20_000_000
 
 
 def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
