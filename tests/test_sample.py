@@ -60,13 +60,10 @@ def test_the_text_is_that_of_generate(checkpoints, capsys, prompt):
     assert found == [tokenizer.decode(tokens)] and found[0]
 
 
-def test_a_seed_gives_one_text_and_another_seed_another(checkpoints, capsys):
-    first, again, other = (texts(capsys, "--model", "first", "--prompt", "a", "--seed", seed) for seed in "112")
-    assert first == again != other
-
-
-def test_samples_of_one_batch_differ(checkpoints, capsys):
-    assert len({*texts(capsys, "--model", "first", "--prompt", "a", "--num_samples", "3")}) == 3
+def test_a_seed_gives_its_samples_again_and_another_seed_gives_others(checkpoints, capsys):
+    flags = ["--model", "first", "--prompt", "a", "--num_samples", "3", "--seed"]
+    first, again, other = (texts(capsys, *flags, seed) for seed in "112")
+    assert first == again and len({*first, *other}) == 6
 
 
 def test_every_model_gets_the_same_prompt_and_seed(checkpoints, capsys):
