@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,8 +47,8 @@ def cache_folder():
     return folder
 
 
-def library_in(folder):
-    """native.c as a library in a folder, compiled unless it is there already -> its path."""
+def open_library(folder):
+    """native.c as a library of this process, compiled into a folder unless it is there already."""
     macros = run_compiler("-dM", "-E", SOURCE)  # among them the compiler's version and the processor's instructions
     key = hashlib.sha256(SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()).hexdigest()
     path = folder / f"{key}.so"
@@ -55,23 +56,22 @@ def library_in(folder):
         with tempfile.TemporaryDirectory(dir=folder) as part:
             run_compiler("-shared", "-fPIC", SOURCE, "-o", Path(part, path.name), "-lm")
             Path(part, path.name).replace(path)
-    return path
+    library, number, pointer = ctypes.CDLL(str(path)), ctypes.c_long, ctypes.c_void_p
+    library.gpt_linear.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_int]
+    library.gpt_blocks.argtypes = [pointer, *[number] * 2, *[pointer] * 3, *[number] * 3, pointer, ctypes.c_int]
+    library.gpt_linear.restype = library.gpt_blocks.restype = None
+    return library
 
 
 @functools.cache
 def load():
-    """native.c as a library of this process, or None if it can't be compiled."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        for find_folder in (cache_folder, lambda: Path(temporary)):
-            try:
-                library = ctypes.CDLL(str(library_in(find_folder())))  # stays in memory when the file is gone
-            except (OSError, ValueError, RuntimeError, AttributeError, subprocess.SubprocessError):
-                continue  # RuntimeError without a home, AttributeError on Windows, which has no getuid
-            number, pointer = ctypes.c_long, ctypes.c_void_p
-            library.gpt_linear.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_int]
-            library.gpt_blocks.argtypes = [pointer, *[number] * 2, *[pointer] * 3, *[number] * 3, pointer, ctypes.c_int]
-            library.gpt_linear.restype = library.gpt_blocks.restype = None
-            return library
+    """The library, or None if it can't be compiled. Without a private cache, it is compiled for this process alone."""
+    # ValueError if $CC can't be parsed, RuntimeError without a home, AttributeError on Windows, which has no getuid
+    unavailable = (OSError, subprocess.SubprocessError, ValueError, RuntimeError, AttributeError)
+    with suppress(*unavailable):
+        return open_library(cache_folder())
+    with suppress(*unavailable), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return open_library(Path(folder))  # stays in memory when its file is gone
     return None
 
 
@@ -105,31 +105,32 @@ def linear(layer, kept):
     return Linear(TYPES[layer.weight.dtype], n_in, n_out, weight, bias, scales, sums)
 
 
-def block(part, kept):
-    norms = [part.ln_1.weight, part.ln_1.bias, part.ln_2.weight, part.ln_2.bias]
-    norms = [pointer(tensor, torch.float32, kept) for tensor in norms]
-    layers = [linear(layer, kept) for layer in layers_of(part)]
-    return Block(part.attn.n_head, len(part.ln_1.weight), *norms, *layers)
+def layers_of(block):
+    return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
 
 
-def layers_of(part):
-    return [part.attn.c_attn, part.attn.c_proj, part.mlp.c_fc, part.mlp.c_proj]
+def structure(block, kept):
+    """gpt.Block -> its structure."""
+    norms = [*block.ln_1.parameters(), *block.ln_2.parameters()]  # weight and bias of each
+    norms = [pointer(p, torch.float32, kept) for p in norms]
+    layers = [linear(layer, kept) for layer in layers_of(block)]
+    return Block(block.attn.n_head, len(block.ln_1.weight), *norms, *layers)
 
 
-def multiply(structure, x):
+def multiply(layer, x):
     """A linear layer's product in C: x (B, n_in), at most MOST_ROWS rows -> (B, n_out), of x's type."""
     x32 = x.float().contiguous()
-    y = x32.new_empty(len(x), structure.n_out)
+    y = x32.new_empty(len(x), layer.n_out)
     work = x32.new_empty(MOST_ROWS + x.numel())
     addresses = [tensor.data_ptr() for tensor in (x32, y, work)]
-    load().gpt_linear(ctypes.byref(structure), len(x), *addresses, torch.get_num_threads())
+    load().gpt_linear(ctypes.byref(layer), len(x), *addresses, torch.get_num_threads())
     return y.to(x.dtype)
 
 
 # ---- Generation ----
 def applies(model):
     """Whether C can generate: in eval mode, on a CPU, with ordinary or int8 layers and no adapter."""
-    layers = [*(layer for part in model.transformer.h for layer in layers_of(part)), model.lm_head]
+    layers = [model.lm_head, *(layer for block in model.transformer.h for layer in layers_of(block))]
     plain = all(type(layer) is nn.Linear or hasattr(layer, "scales") for layer in layers)
     known = plain and all(layer.weight.dtype in TYPES and layer.weight.device.type == "cpu" for layer in layers)
     return known and not model.training and load() is not None
@@ -141,7 +142,8 @@ class Generation:
     def __init__(self, model):
         self.model, self.config, self.transformer = model, model.config, model.transformer
         self.kept = []
-        self.blocks = (Block * len(model.transformer.h))(*[block(part, self.kept) for part in model.transformer.h])
+        blocks = [structure(block, self.kept) for block in model.transformer.h]
+        self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
         emulated = resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
         self.most_rows = MOST_ROWS if emulated or model.lm_head.weight.dtype != torch.bfloat16 else 2  # C is faster

@@ -33,19 +33,9 @@ def test_the_largest_integers_add_up(rows, sign):
     assert (found - sign * 3072).abs().max() < 0.01 * 3072
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "integers"),
-    [
-        ({"avx512_vnni": True}, True),
-        ({"avx_vnni": True}, True),
-        ({"avx512_f": True, "avx512_vnni": False}, False),
-        ({"avx512_vnni": True, "amx_bf16": True}, False),
-    ],
-)
-def test_integers_are_for_processors_that_add_them_up_right_and_have_nothing_better(
-    monkeypatch, capabilities, integers
-):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+@pytest.mark.parametrize(("vnni", "bf16", "integers"), [(1, 0, True), (0, 0, False), (1, 1, False)])
+def test_integers_are_for_processors_that_add_them_up_right_and_lack_bfloat16(vnni, bf16, integers, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni, "amx_bf16": bf16})
     assert Int8Linear(torch.ones(2, 3, dtype=torch.int8), torch.ones(2), None).integers == integers
 
 

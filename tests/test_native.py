@@ -234,8 +234,17 @@ def test_a_relative_cache_folder_is_ignored(cache, loaded, monkeypatch, tmp_path
 
 
 def test_a_damaged_library_is_passed_over(cache):
-    native.library_in(native.cache_folder()).write_bytes(b"")
     assert native.load()
+    (path,) = cache.iterdir()
+    path.unlink()
+    path.write_bytes(b"")
+    assert native.load()
+
+
+def test_without_a_place_for_the_library_the_model_itself_generates(cache, monkeypatch):
+    cache.parent.touch()
+    monkeypatch.setattr(native.tempfile, "tempdir", "/nowhere")
+    assert native.load() is None
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/cc", "", "echo", "gcc '"])
