@@ -164,7 +164,8 @@ def choose(model, config):
 
         lora.adapt(model, config.targets, config.rank, config.alpha, config.lora_dropout)
     n_layer = model.config.n_layer
-    require(config.blocks <= n_layer or config.method != "last", f"blocks is {config.blocks}, the model has {n_layer}")
+    fits = config.method != "last" or config.blocks <= n_layer
+    require(fits, f"--blocks {config.blocks}: the model has only {n_layer}")
     last = "|".join(str(i) for i in range(n_layer - config.blocks, n_layer))
     pattern = METHODS[config.method][0].replace("LAST", last)
     for name, p in model.named_parameters():
@@ -257,8 +258,7 @@ def main(argv=None):
     device = gpt.resolve_device(config.device)
     dtype = gpt.resolve_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
-    choose(model, config)
-    model.to(device)
+    choose(model.to(device), config)
     block_size = min(config.block_size, model.config.block_size)
     train_data, val_data = load_data(config.data, tokenizer, block_size, config)
     old, before = None, None

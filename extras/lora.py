@@ -93,10 +93,8 @@ def save_adapter(model, folder, base):
 def exporter(folder, base, overwrite):
     """export_weights for gpt.train: merges, and saves the adapter if there is a folder for it. Raises InputError."""
     if folder:
-        exists = Path(folder, CONFIG).exists()
-        require(
-            overwrite or not exists, f"{folder} already holds an adapter: add --overwrite, or choose another folder"
-        )
+        free = overwrite or not Path(folder, CONFIG).exists()
+        require(free, f"{folder} already holds an adapter: add --overwrite, or choose another --save_adapter")
         gpt.refuse_existing(folder, overwrite)
 
     def export_weights(model):
