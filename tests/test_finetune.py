@@ -13,7 +13,7 @@ import finetune
 import gpt
 import sample
 from extras import export, lora
-from finetune import METHODS, Documents, FinetuneConfig
+from finetune import METHODS, FinetuneConfig
 
 OTHER = "Wherefore art thou, Romeo? Deny thy father and refuse thy name; or, be but sworn my love.\n" * 70
 SHORT = "--data other.txt --max_steps 8 --eval_interval 4 --batch_size 4 --warmup_steps 2 --device cpu --block_size 16 "
@@ -64,7 +64,6 @@ def test_counts_at_gpt2s_size_are_those_of_the_closed_forms():
         with torch.device("meta"):
             parameters = trainable(gpt.GPT(gpt.GPTConfig.preset("gpt2")), method)
         assert sum(p.numel() for p in parameters.values()) == count, method
-    assert expected.keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -259,13 +258,6 @@ def test_the_last_tenth_validates():
     assert [len(data) for data in documents(*examples, val_bytes=2)] == [48, 2]
 
 
-def test_padding_changes_no_loss(base):
-    rows = [([97, 98, 120, 256], 2), ([1, 2, 3, 4, 5, 6, 7, 8, 9, 256], 4)]
-    together = base(*Documents(rows).batch([0, 1]))[1].item()
-    alone = [base(*Documents([row]).batch([0]))[1].item() * (len(row[0]) - row[1]) for row in rows]
-    assert together == pytest.approx(sum(alone) / (2 + 6), rel=1e-5)
-
-
 def test_prompts_and_completions_are_learned_from(base):
     write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
     tune("--data d.jsonl --also_eval d.jsonl --method full --max_steps 40 --eval_interval 20 --lr 0.01")
@@ -283,7 +275,6 @@ def test_a_malformed_line_is_named_by_its_number(base, line, capsys):
 
 # ---- Bad input ----
 BAD = {
-    "too many blocks": ("--blocks 4", "--blocks 4: the model has only 3"),
     "the tied head": ("--method lora --targets lm_head", "the head is tied"),
     "rank without lora": ("--rank 4", "--rank goes with --method lora"),
     "onto the base": ("--out ./checkpoints/../checkpoints/scratch --overwrite", "is the base itself"),

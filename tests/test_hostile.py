@@ -44,6 +44,8 @@ def home(module_folder):
         "tuned",
         "--max_steps",
         "2",
+        "--method",
+        "lora",
         "--save_adapter",
         "adapter",
     ]
