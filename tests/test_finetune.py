@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +211,6 @@ def test_neither_a_checkpoint_nor_an_adapter_is_overwritten_unasked(base, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are started by fork")
 def test_two_processes_adapt_as_one(base):
     flags = f"{SHORT} --method lora --dropout 0 --dtype float32 --save_adapter adapter".split()
     finetune.main([*flags, "--out", "one"])
@@ -292,5 +290,5 @@ def test_bad_input_is_one_line_and_writes_nothing(base, case, capsys):
         Path(name).write_text("{}")
     before = Path("checkpoints/scratch/model.safetensors").read_bytes()
     assert message in refused(capsys, SHORT + flags)
-    assert os.listdir("checkpoints") == ["scratch"]
+    assert list(Path("checkpoints").iterdir()) == [Path("checkpoints/scratch")]
     assert Path("checkpoints/scratch/model.safetensors").read_bytes() == before
