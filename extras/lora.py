@@ -133,7 +133,7 @@ def load_adapter(model, folder, base=None):
         for name in sorted(parameters.keys() | tensors.keys()):
             fits = name in parameters and name in tensors and parameters[name].shape == tensors[name].shape
             require(fits, f"{name} does not fit the model and the rank of {config['r']}")
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder} is not a readable adapter: {error}") from error
     made_for = config.get("base_model_name_or_path")
     if base and made_for and Path(made_for).name != Path(base).name:

@@ -316,8 +316,6 @@ def test_converting_and_adapting_on_a_full_disk_leave_nothing_half_done(runs, mo
         "2",
         "--out",
         "tuned",
-        "--method",
-        "lora",
         "--save_adapter",
         "adapter",
     ]

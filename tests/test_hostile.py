@@ -44,8 +44,6 @@ def home(module_folder):
         "tuned",
         "--max_steps",
         "2",
-        "--method",
-        "lora",
         "--save_adapter",
         "adapter",
     ]
