@@ -1,61 +1,54 @@
 """A checkpoint and a text -> the checkpoint, adapted to the text by training all or some of its parameters.
 
-    python finetune.py --model scratch --data my.txt --method lora
-    python finetune.py --model gpt2 --data letters.txt --method last --blocks 2 --also_eval what_it_knew.txt
-    python finetune.py --model gpt2 --data questions.jsonl   a line: {"prompt": ..., "completion": ...} or {"text": ...}
+    python finetune.py --data my.txt                                     # the last two blocks of checkpoints/scratch
+    python finetune.py --model gpt2 --data letters.txt --method lora --also_eval what_it_knew.txt
+    python finetune.py --model gpt2 --data questions.jsonl               # {"prompt": ..., "completion": ...} a line
 
-The loop is gpt.py's. Frozen parameters have no gradient and no optimizer state, and the backward pass stops below the
-lowest trainable one.
+The training loop is gpt.py's. Frozen parameters have no gradient and no optimizer state, and the backward pass stops
+below the lowest trainable one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import gpt
-from extras import lora
+from extras.tables import show
 from gpt import InputError, TokenDataset, command, flag, load_checkpoint, log, require
+from sample import open_model
 
-METHODS = {  # name -> (is this parameter trained?, peak learning rate, description)
-    "full": (lambda name, last: True, 1e-3, "every parameter"),
-    "last": (
-        lambda name, last: any(f".h.{i}." in name for i in last) or ".ln_f." in name,
-        3e-3,
-        "the last blocks and the final LayerNorm",
-    ),
-    "layernorm": (lambda name, last: ".ln_" in name, 3e-2, "gains and biases of the LayerNorms"),
-    "bias": (lambda name, last: name.endswith(".bias"), 3e-2, "all biases (BitFit, Ben Zaken et al. 2022)"),
-    "head": (lambda name, last: "wte" in name, 3e-3, "the head, and so the token embedding: their weights are tied"),
-    "layernorm+head": (
-        lambda name, last: ".ln_" in name or "wte" in name,
-        3e-3,
-        "the LayerNorms, and the head, which is the token embedding",
-    ),
-    "lora": (lambda name, last: "lora_" in name, 5e-3, "a low-rank update to each chosen projection (Hu et al. 2022)"),
+METHODS = {  # name -> (pattern in the names of the trainable parameters, peak learning rate, description)
+    "full": (r"", 1e-3, "every parameter"),
+    "last": (r"\.h\.(LAST)\.|\.ln_f\.", 3e-3, "the last blocks and the final LayerNorm"),
+    "layernorm": (r"\.ln_", 3e-2, "gains and biases of the LayerNorms"),
+    "bias": (r"\.bias$", 3e-2, "all biases (BitFit, Ben Zaken et al. 2022)"),
+    "head": (r"\.wte\.", 3e-3, "the head, and so the token embedding: their weights are tied"),
+    "layernorm+head": (r"\.ln_|\.wte\.", 3e-3, "the LayerNorms, and the head, which is the token embedding"),
+    "lora": (r"\.lora_", 5e-3, "a low-rank update to each chosen projection (Hu et al. 2022)"),
 }
-LEARNING_RATES = ", ".join(f"{name} {rate}" for name, (_, rate, _) in METHODS.items())
-JSONL = (".jsonl", ".ndjson")
 
 
 @dataclasses.dataclass
 class FinetuneConfig(gpt.TrainConfig):
     """The base, the method and the data; README.md shows the measurements behind the learning rates."""
 
-    model: str = flag("gpt2", "the base: a checkpoint's folder, or a name under checkpoints/")
-    method: str = flag("lora", "which parameters are trained", choices=tuple(METHODS))
+    model: str = flag("scratch", "the base: a checkpoint's folder, or a name under checkpoints/")
+    method: str = flag("last", "which parameters are trained", choices=tuple(METHODS))
     blocks: int = flag(2, "for last: how many blocks, counted from the end", 1)
     rank: int = flag(8, "for lora: rank of the update", 1)
     alpha: float = flag(16.0, "for lora: the update is scaled by alpha / rank", 1e-6)
     lora_dropout: float = flag(0.0, "for lora: dropout on the input of the update", 0, 0.99)
-    targets: tuple = flag(("attn.c_attn",), f"for lora: which projections, of {', '.join(lora.TARGETS)}")
+    targets: tuple = flag(("attn.c_attn",), "for lora: which of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj")
     data: tuple = flag((), "text files, folders of *.txt, pydoc, shakespeare, or .jsonl files", shown="none")
-    out: str = flag(None, "folder for the result", shown="checkpoints/MODEL-finetuned")
+    out: str = flag(None, "folder for the checkpoint", shown="checkpoints/MODEL-finetuned")
     block_size: int = flag(256, "longest window to train on; never more than the model's context", 1)
     dropout: float = flag(0.1, "share of activations zeroed in training", 0, 0.99)
     also_eval: tuple = flag(None, "texts whose validation split is evaluated before and after", shown="none")
@@ -63,7 +56,7 @@ class FinetuneConfig(gpt.TrainConfig):
     max_steps: int = flag(200, "optimizer steps", 1)
     batch_size: int = flag(8, "windows per forward pass, over all processes", 1, 2**20)
     optimizer: str = flag("adamw", "muon (with AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    lr: float = flag(0.0, "peak learning rate", 0, 10, shown=f"the method's own: {LEARNING_RATES}")
+    lr: float = flag(0.0, "peak learning rate", 0, 10, shown="the method's own")
     warmup_steps: int = flag(10, "steps of linear warmup")
     weight_decay: float = flag(0.01, "decay of the matrices towards zero", 0, 10)
     beta2: float = flag(0.999, "AdamW's decay of the second moment", 0, 0.999999)
@@ -81,15 +74,13 @@ METHOD_OF = {"blocks": "last"} | dict.fromkeys(("rank", "alpha", "lora_dropout",
 FIXED = {"model", "method", "optimizer", "block_size", "dropout", *METHOD_OF}  # --resume can't change these
 
 
-# ---- Documents: examples that are trained on separately ----
-
-
+# ---- Examples: each is trained on separately ----
 class Documents:
     """(ids, position of the first target) for each example; batches are padded, and the loss ignores the padding."""
 
-    def __init__(self, examples, block_size):
+    def __init__(self, examples):
         self.examples = examples
-        self.block_size = block_size
+        self.tokens = np.concatenate([(first, *ids) for ids, first in examples])  # for the fingerprint
 
     def __len__(self):
         return len(self.examples)
@@ -108,40 +99,30 @@ class Documents:
 
 def read_jsonl(path):
     """Yield (prompt, completion) for each line, (None, text) for {"text": ...}. Raises InputError with the line."""
-    for number, line in enumerate(gpt.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(gpt.read_text(path).rstrip().split("\n"), 1):
         try:
             example = json.loads(line)
-            found = sorted(example) if isinstance(example, dict) else type(example).__name__
-            keys = {"text", "prompt", "completion"} & set(found)
-            valid = isinstance(example, dict) and keys in ({"text"}, {"prompt", "completion"})
-            require(valid, f'expected {{"text": ...}}, or {{"prompt": ..., "completion": ...}}, found {found}')
-            require(all(isinstance(example[key], str) for key in keys), "expected strings")
-            require(example.get("text", example.get("completion")), "the text to learn is empty")
-            "".join(example[key] for key in keys).encode()  # JSON may hold a lone surrogate, which is not valid text
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
-        yield example.get("prompt"), example["text" if "text" in keys else "completion"]
+            prompt = example.get("prompt")
+            text = example["text"] if prompt is None else example["completion"]
+            (text + (prompt or "")).encode()  # raises for other types, and for lone surrogates, which JSON may hold
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            expected = 'expected {"text": ...} or {"prompt": ..., "completion": ...}'
+            raise InputError(f"{path}, line {number}: {expected}, {error!r}") from error
+        yield prompt, text
 
 
 def documents(paths, tokenizer, block_size, val_bytes):
     """.jsonl files -> training and validation Documents; the last tenth, at most val_bytes, is for validation."""
     pairs = [pair for path in paths for pair in read_jsonl(path)]
-    too_few = f"{' '.join(map(str, paths))} has too few examples ({len(pairs)}) to hold one out for validation"
-    require(len(pairs) >= 2, too_few)
-    sizes = [len(completion.encode()) for _, completion in pairs]
-    cut = len(pairs) - 1
-    held_out = sizes[cut]
-    while len(pairs) - cut < len(pairs) // 10 and held_out + sizes[cut - 1] <= val_bytes:
-        cut -= 1
-        held_out += sizes[cut]
+    require(len(pairs) >= 2, f"{' '.join(map(str, paths))} has too few examples to hold one out for validation")
+    sizes = np.cumsum([len(text.encode()) for _, text in reversed(pairs)])
+    n_val = max(1, min(len(pairs) // 10, np.searchsorted(sizes, val_bytes, "right")))
     train, val = [], []
     truncated = 0
-    for i, (prompt, completion) in enumerate(pairs):
+    for i, (prompt, text) in enumerate(pairs):
+        split = train if i < len(pairs) - n_val else val
         before = tokenizer.encode(prompt or "") or [tokenizer.eot]
-        ids = [*before, *tokenizer.encode(completion), tokenizer.eot]
-        split = train if i < cut else val
+        ids = [*before, *tokenizer.encode(text), tokenizer.eot]
         excess = max(0, len(ids) - block_size - 1)
         if prompt is None:  # a long text becomes several windows; each begins with the last token of the one before
             starts = range(0, len(ids) - 1, block_size)
@@ -151,110 +132,95 @@ def documents(paths, tokenizer, block_size, val_bytes):
             truncated += excess > 0
     if truncated:
         log(f"{truncated:,} of {len(pairs):,} examples are longer than {block_size} tokens and lose their beginning")
-    return Documents(train, block_size), Documents(val, block_size)
-
-
-# ---- Trainable parameters ----
-
-
-def choose(model, config):
-    """Freeze the parameters that the method doesn't train; for lora, add its matrices. Raises InputError."""
-    n_layer = model.config.n_layer
-    for module in model.modules():
-        if isinstance(module, gpt.Dropout):
-            module.p = config.dropout
-    if config.method == "lora":
-        lora.adapt(model, config.targets, config.rank, config.alpha, config.lora_dropout)
-    fits = config.method != "last" or config.blocks <= n_layer
-    require(fits, f"--blocks {config.blocks}: the model has only {n_layer}")
-    is_trained = METHODS[config.method][0]
-    for name, p in model.named_parameters():
-        p.requires_grad_(is_trained(name, range(n_layer - config.blocks, n_layer)))
-
-
-def activation_bytes(model, data, config, dtype):
-    """Bytes that a forward pass over a batch keeps for the backward pass, measured by running it."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x, y = data.batch(range(min(config.batch_size, len(data))))
-    device = next(model.parameters()).device
-    model.train()
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        model(x.to(device), y.to(device))
-    model.eval()
-    return sum(sizes.values())
-
-
-def describe(model, data, config, dtype):
-    """Log the trainable parameters, and the memory that training takes."""
-    total = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
-    groups = {}  # name of a parameter, for a range of blocks -> those parameters
-    blocks = [i for i, block in enumerate(model.transformer.h) if any(p.requires_grad for p in block.parameters())]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            span = f".{min(blocks, default=0)}-{max(blocks, default=0)}."
-            groups.setdefault(re.sub(r"\.\d+\.", span, name.removeprefix("transformer.")), []).append(p)
-    trained = sum(p.numel() for group in groups.values() for p in group)
-    log(f"{config.method}: {METHODS[config.method][2]}; peak learning rate {config.lr:g}")
-    for name, group in groups.items():
-        log(f"  {name:<24} {len(group):>3} x {tuple(group[0].shape)!s:<14} {sum(p.numel() for p in group):>13,}")
-    log(f"  {trained:,} of {total:,} parameters are trained, {trained / total:.3%}")
-    sizes = {"weights": 4 * total, "gradients": 4 * trained}
-    sizes["optimizer"] = (8 if config.optimizer == "adamw" else 4) * trained
-    sizes["activations"] = activation_bytes(model, data, config, dtype)
-    sizes["total"] = sum(sizes.values())
-    log("  memory: " + ", ".join(f"{name} {tqdm.format_sizeof(size, 'B')}" for name, size in sizes.items()))
-
-
-# ---- The run ----
+    return Documents(train), Documents(val)
 
 
 def load_data(names, tokenizer, block_size, config):
     """Names of texts, or of .jsonl files -> training and validation data."""
-    if any(name.endswith(JSONL) for name in names):
-        same = all(name.endswith(JSONL) for name in names)
-        require(same, f"{' '.join(names)} mixes .jsonl with other texts: use one kind")
+    if any(name.endswith((".jsonl", ".ndjson")) for name in names):
         return documents(names, tokenizer, block_size, config.val_bytes)
     _, train_ids, val_ids = gpt.load_data(names, tokenizer, val_bytes=config.val_bytes)
-    too_short = f"{' '.join(names)} is shorter than a window: use more text or a smaller --block_size"
-    require(len(train_ids) > block_size, too_short)
     stride = config.stride or max(1, block_size // 4)
     return TokenDataset(train_ids, block_size, stride), TokenDataset(val_ids, block_size)
 
 
-def fingerprint(*datasets):
-    """sha256 of the ids."""
-    digest = hashlib.sha256()
-    for data in datasets:
-        digest.update(json.dumps(data.examples).encode() if isinstance(data, Documents) else data.tokens)
-    return digest.hexdigest()
+# ---- The base, and which of its parameters are trained ----
+def open_base(name):
+    """The name of a checkpoint -> GPT, Tokenizer; the error for a missing GPT-2 says where to get one."""
+    missing = not Path(name).exists() and not Path("checkpoints", name).exists()
+    if missing and name.startswith("gpt2") and name in gpt.PRESETS:
+        instead = ", or use --model scratch" if Path("checkpoints/scratch", gpt.VOCABULARY).exists() else ""
+        raise InputError(f"there is no checkpoint {name}: run python convert_gpt2.py {name} first{instead}")
+    return open_model(name)
 
 
-def report(rows, config, tokenizer, device, dtype, old, before):
-    """Print the loss on the new text, and on the old one, before and after, with the weights that were saved."""
+def choose(model, config):
+    """Freeze the parameters that the method doesn't train; for lora, add its matrices. Raises InputError."""
+    for module in model.modules():
+        if isinstance(module, gpt.Dropout):
+            module.p = config.dropout
+    if config.method == "lora":
+        from extras import lora
+
+        lora.adapt(model, config.targets, config.rank, config.alpha, config.lora_dropout)
+    n_layer = model.config.n_layer
+    fits = config.method != "last" or config.blocks <= n_layer
+    require(fits, f"--blocks {config.blocks}: the model has only {n_layer}")
+    last = "|".join(str(i) for i in range(n_layer - config.blocks, n_layer))
+    pattern = METHODS[config.method][0].replace("LAST", last)
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(pattern, name) is not None)
+
+
+def activation_bytes(model, data, config, dtype):
+    """Bytes that a forward pass over a batch keeps for the backward pass, measured by running it."""
+    sizes = {}  # address -> bytes
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    x, y = data.batch(range(min(config.batch_size, len(data))))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        model.train()(x.to(device), y.to(device))
+    model.eval()
+    for p in model.parameters():
+        sizes.pop(p.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def describe(model, data, config, dtype):
+    """Print, as remarks, the trainable parameters and the memory that training takes."""
+    sizes = Counter()  # name, with * for the number of the block -> parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            sizes[re.sub(r"\.\d+\.", ".*.", name)] += p.numel()
+    trained = sizes.total()
+    total = sum(p.numel() for p in model.parameters())
+    memory = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": 8 * trained}  # AdamW's two averages
+    memory["activations"] = activation_bytes(model, data, config, dtype)
+    memory["total"] = sum(memory.values())
+    with contextlib.redirect_stdout(sys.stderr):
+        show([{"trainable": name, "parameters": size} for name, size in sizes.items()])
+        print(f"{trained:,} of {total:,} parameters are trained, {trained / total:.3%}; peak lr {config.lr:g}\n")
+        show([{"memory": name, "bytes": size} for name, size in memory.items()])
+
+
+# ---- The run ----
+def report(rows, config, old, before, tokenizer, dtype):
+    """Print bits per byte on the new text, and on the old one, before and after."""
     best = min(rows, key=lambda row: row["val_loss"])
-    if best["step"] == 0:
-        log("no validation was better than the base's, so the saved model is the base: use more text or a smaller --lr")
-    adapter = f", the adapter alone in {config.save_adapter}" if config.save_adapter else ""
-    print(
-        f"{config.method}: {rows[0]['val_bits_per_byte']:.4f} bits per byte before, {best['val_bits_per_byte']:.4f} "
-        f"at step {best['step']:,}; saved in {config.out}{adapter}"
-    )
+    first, last = rows[0]["val_bits_per_byte"], best["val_bits_per_byte"]
+    scores = [{"bits per byte": " ".join(config.data), "before": first, "after": last}]
     if old:
-        model = load_checkpoint(config.out)[0].to(device)
+        model, _ = load_checkpoint(config.out, gpt.resolve_device(config.device))
         after = gpt.evaluate(model, old, tokenizer, config.batch_size, dtype)["bits_per_byte"]
-        print(
-            f"{' '.join(config.also_eval)}: {before:.4f} bits per byte before, {after:.4f} after: "
-            f"{after - before:+.4f} forgotten"
-        )
+        scores.append({"bits per byte": " ".join(config.also_eval), "before": before, "after": after})
+    show(scores)
+    print(f"best at step {best['step']:,}; saved in {config.out}")
     log(f"try: python sample.py --model {config.model} {config.out}")
 
 
@@ -276,50 +242,38 @@ def main(argv=None):
         require(not changed, f"--resume can't change {', '.join(changed)}: start a new run")
         flags = begun | given
     config = gpt.from_flags(FinetuneConfig, flags)
-    for name, method in METHOD_OF.items():
-        fits = name not in given or method == config.method
-        require(fits, f"--{name} goes with --method {method}, not {config.method}")
-    model, tokenizer = load_checkpoint(config.model)
+    for name in METHOD_OF.keys() & given.keys():
+        require(config.method == METHOD_OF[name], f"--{name} goes with --method {METHOD_OF[name]}")
+    model, tokenizer = open_base(config.model)
     base = gpt.find_checkpoint(config.model)
-    same = base.resolve() == Path(config.out).resolve()
-    require(not same, f"--out {config.out} is the base itself: choose another folder")
-    if not resume:
-        gpt.refuse_existing(config.out, overwrite)
-    if config.save_adapter:
-        lora.prepare_folder(config.save_adapter, overwrite or resume)
+    require(Path(config.out).resolve() != base.resolve(), f"{base} is the base itself: choose another --out")
+    gpt.refuse_existing(config.out, overwrite or resume)
+    export_weights = None
+    if config.method == "lora":
+        from extras import lora
+
+        export_weights = lora.exporter(config.save_adapter, base, overwrite or resume)
     if gpt.WORLD_SIZE > 1:
         gpt.dist.init_process_group()
     device = gpt.resolve_device(config.device)
     dtype = gpt.resolve_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
-    choose(model, config)
-    model.to(device)
+    choose(model.to(device), config)
     block_size = min(config.block_size, model.config.block_size)
     train_data, val_data = load_data(config.data, tokenizer, block_size, config)
     old, before = None, None
     if config.also_eval:
-        old = load_data(config.also_eval, tokenizer, block_size, config)[1]
+        _, old = load_data(config.also_eval, tokenizer, block_size, config)
         before = gpt.evaluate(model, old, tokenizer, config.batch_size, dtype)["bits_per_byte"]
-    describe(model, train_data, config, dtype)
-    epochs = config.max_steps * config.batch_size * config.grad_accum / len(train_data)
-    sizes = f"{len(train_data):,} examples for {epochs:.1f} epochs; {len(val_data):,} for validation"
-    if isinstance(train_data, TokenDataset):
-        epochs *= block_size / train_data.stride
-        sizes = f"{len(train_data.tokens):,} tokens for {epochs:.1f} epochs; {len(val_data.tokens):,} for validation"
-    log(f"{' '.join(config.data)}: {sizes}")
-
-    def export_weights(model):
-        """The weights of an ordinary checkpoint; with --save_adapter, the adapter is written, too."""
-        if config.save_adapter and gpt.RANK == 0:
-            lora.save_adapter(model, config.save_adapter, base)
-        return lora.merged(model)
-
-    fingerprints = {"text": fingerprint(train_data, val_data)}
-    weights = np.memmap(base / gpt.MODEL, mode="r")  # hashed without reading all of it into memory
-    fingerprints["base"] = hashlib.sha256(weights).hexdigest()
+    if gpt.RANK == 0:
+        describe(model, train_data, config, dtype)
+    log(f"{len(train_data):,} windows to learn from, {len(val_data):,} for validation")
+    contents = {"training": train_data.tokens, "validation": val_data.tokens}
+    contents["base"] = np.memmap(base / gpt.MODEL, mode="r")  # hashed without reading all of it into memory
+    fingerprints = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     rows = gpt.train(model, tokenizer, train_data, val_data, config, run, export_weights, **fingerprints)
     if gpt.RANK == 0:
-        report(rows, config, tokenizer, device, dtype, old, before)
+        report(rows, config, old, before, tokenizer, dtype)
 
 
 if __name__ == "__main__":

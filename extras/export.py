@@ -1,7 +1,7 @@
 """A checkpoint -> files for transformers or llama.cpp, with the same logits and the same tokens there.
 
-    python -m extras.export scratch --format hf --out my-model           a folder for AutoModelForCausalLM and AutoTokenizer
-    python -m extras.export gpt2 --format gguf --out gpt2.gguf           a file for llama.cpp (pip install gguf)
+    python -m extras.export scratch --format hf --out my-model    # a folder for AutoModelForCausalLM and AutoTokenizer
+    python -m extras.export gpt2 --format gguf --out gpt2.gguf    # a file for llama.cpp (pip install gguf)
     python -m extras.export gpt2 --format gguf --dtype q8_0 --out gpt2-q8_0.gguf
 
 convert_gpt2.py reads what --format hf writes, and gives back the same checkpoint, bit for bit.
@@ -10,19 +10,24 @@ convert_gpt2.py reads what --format hf writes, and gives back the same checkpoin
 import json
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import save_file
 
 import gpt
 from convert_gpt2 import SAME, SHAPE, TRANSPOSED, characters
 from gpt import EOT, InputError, command, load_checkpoint, log, replacing, require
 
-GGUF_NAMES = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
-              "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
-              "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}  # fmt: skip
+GGUF_NAMES = {
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
 GGUF_TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
-
-
 CHARACTER = characters()
 
 
@@ -48,49 +53,54 @@ def merges(tokenizer):
     return [(spell(left), spell(right)) for left, right in splits if left in ranks and right in ranks]
 
 
+def tokenizer_json(vocab, rules, eot):
+    """What the library `tokenizers` needs to know."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": eot, "content": EOT, "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [end],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": rules, "ignore_merges": True},
+    }
+
+
+def config_json(config, eot):
+    """GPTConfig -> that of transformers."""
+    described = {key: value for key, value in SAME.items() if value is not None}
+    described |= {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
+    described |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    described |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "n_ctx": config.block_size}
+    return described | {"bos_token_id": eot, "eos_token_id": eot}
+
+
 def to_hf(model, tokenizer, out):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code."""
-    config, vocab, rules = model.config, vocabulary(tokenizer), merges(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().T if name.endswith(TRANSPOSED) else p.detach() for name, p in model.named_parameters()}
-    with replacing(out / "model.safetensors") as part:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part, {"format": "pt"})
-    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = {"id": tokenizer.eot, "content": EOT, **plain, "special": True}
-    bpe = {"type": "BPE", "vocab": vocab, "merges": rules, "ignore_merges": True}
-    bpe |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    bpe |= {"fuse_unk": False, "byte_fallback": False}
-    ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    weights_elsewhere = ("*.index.json", "model-*.safetensors", "pytorch_model*.bin")
-    for pattern in (*weights_elsewhere, "added_tokens.json", "special_tokens_map.json"):
-        for path in out.glob(pattern):  # of the model that is overwritten
-            path.unlink()
-    same = {key: value for key, value in SAME.items() if key not in ("quantization_config", "auto_map")}
-    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-    shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()} | {"n_ctx": config.block_size}
-    tokenizer_json = {
-        "version": "1.0",
-        "added_tokens": [added],
-        "pre_tokenizer": pieces,
-        "decoder": pieces,
-        "model": bpe,
-    }
-    tokenizer_json |= dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
-    tokenizer_config |= {"bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
-    architecture = {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
+    weights = {}
+    for name, p in model.named_parameters():
+        weights[name] = (p.T if name.endswith(TRANSPOSED) else p).detach().contiguous()
+    with replacing(out / "model.safetensors", parents=True) as part:
+        save_file(weights, part, {"format": "pt"})
+    for name in ("generation_config.json", "added_tokens.json", "special_tokens_map.json"):
+        (out / name).unlink(missing_ok=True)  # of the model that is overwritten
+    vocab, rules = vocabulary(tokenizer), merges(tokenizer)
     files = {
+        "config.json": config_json(model.config, tokenizer.eot),
+        "tokenizer.json": tokenizer_json(vocab, rules, tokenizer.eot),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.config.block_size,
+            "bos_token": EOT,
+            "eos_token": EOT,
+            "clean_up_tokenization_spaces": False,
+        },
         "vocab.json": vocab,
-        "tokenizer.json": tokenizer_json,
-        "tokenizer_config.json": tokenizer_config,
-        "generation_config.json": ends | {"_from_model_config": True},
-        "config.json": architecture | same | shape | dropouts | ends,
     }
-    texts = {"merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules)}
-    for name, content in files.items():
-        indent = None if name == "tokenizer.json" else 2
-        texts[name] = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
+    texts = {name: json.dumps(content, ensure_ascii=False, indent=2) + "\n" for name, content in files.items()}
+    texts["merges.txt"] = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in rules)
     for name, text in texts.items():
         with replacing(out / name) as part:
             part.write_text(text, encoding="utf-8")
@@ -102,11 +112,15 @@ def to_gguf(model, tokenizer, out, dtype):
         import gguf
     except ImportError as error:
         raise InputError("writing GGUF needs the package gguf: pip install gguf") from error
-    config, vocab, kinds = model.config, vocabulary(tokenizer), gguf.GGMLQuantizationType
-    unused = [f"[PAD{number}]" for number in range(tokenizer.vocab_size, config.vocab_size)]  # rows that no token has
-    types = [gguf.TokenType.CONTROL if number == tokenizer.eot else gguf.TokenType.NORMAL for number in vocab.values()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as part:
+    config = model.config
+    kinds = gguf.GGMLQuantizationType
+    tokens = list(vocabulary(tokenizer))
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    types[tokenizer.eot] = gguf.TokenType.CONTROL
+    for i in range(tokenizer.vocab_size, config.vocab_size):  # rows that no token has
+        tokens.append(f"[PAD{i}]")
+        types.append(gguf.TokenType.UNUSED)
+    with replacing(out, parents=True) as part:
         writer = gguf.GGUFWriter(part, "gpt2")
         writer.add_name(out.stem)
         writer.add_context_length(config.block_size)
@@ -119,30 +133,23 @@ def to_gguf(model, tokenizer, out, dtype):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list([*vocab, *unused])
-        writer.add_token_types(types + [gguf.TokenType.UNUSED] * len(unused))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
         rules = merges(tokenizer) or [(EOT, EOT)]  # llama.cpp wants at least one; this pair occurs in no text
         writer.add_token_merges([f"{left} {right}" for left, right in rules])
         writer.add_bos_token_id(tokenizer.eot)
         writer.add_eos_token_id(tokenizer.eot)
         writer.add_add_bos_token(False)
         for name, p in model.named_parameters():
-            place, kind = name.rsplit(".", 1)
-            if place.startswith("transformer.h."):
-                number, place = place.removeprefix("transformer.h.").split(".", 1)
-                target = f"blk.{number}.{GGUF_NAMES[place]}.{kind}"
-            else:
-                target = f"{GGUF_NAMES[place]}.{kind}"
+            module, kind = name.rsplit(".", 1)
+            target = GGUF_NAMES.get(module)
+            if target is None:  # transformer.h.0.ln_1 -> blk.0.attn_norm
+                _, _, i, module = module.split(".", 3)
+                target = f"blk.{i}.{GGUF_NAMES[module]}"
             wanted = kinds[GGUF_TYPES[dtype]] if p.dim() == 2 and "wpe" not in name else kinds.F32
             if wanted == kinds.Q8_0 and p.shape[1] % 32:  # q8_0 scales 32 neighbours together
                 wanted = kinds.F16
-            with np.errstate(over="ignore"):  # the next line says it better
-                values = gguf.quants.quantize(p.detach().numpy(), wanted)
-            require(
-                wanted != kinds.F16 or abs(values).max() < float("inf"),
-                f"{name} has values beyond the range of float16",
-            )
-            writer.add_tensor(target, values, raw_dtype=wanted)
+            writer.add_tensor(f"{target}.{kind}", gguf.quants.quantize(p.detach().numpy(), wanted), raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -153,31 +160,26 @@ def to_gguf(model, tokenizer, out, dtype):
 def main(argv=None):
     parser = gpt.Parser(prog="python -m extras.export", description="A checkpoint -> transformers or llama.cpp.")
     parser.add_argument("model", help="a checkpoint's folder, or its name under checkpoints/")
-    formats = {"hf": "a folder for transformers", "gguf": "a file for llama.cpp"}
-    parser.add_argument("--format", required=True, choices=formats, help="; ".join(map(": ".join, formats.items())))
+    formats = "hf: a folder for transformers; gguf: a file for llama.cpp"
+    parser.add_argument("--format", required=True, choices=("hf", "gguf"), help=formats)
     parser.add_argument("--out", required=True, help="the folder or file to write")
     parser.add_argument("--dtype", default="float32", choices=GGUF_TYPES, help="type of matrices in gguf (float32)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
     out = Path(args.out)
     to_folder = args.format == "hf"
-    default = args.dtype == "float32"
-    require(default or not to_folder, "--dtype goes with --format gguf: transformers takes a dtype when it loads")
+    fits = args.dtype == "float32" or not to_folder
+    require(fits, "--dtype goes with --format gguf: transformers takes a dtype when it loads")
     require(not (out / gpt.VOCABULARY).exists(), f"{out} is a checkpoint: choose another --out")
-    fits = not out.exists() or out.is_dir() == to_folder
-    require(fits, f"--format {args.format} writes {formats[args.format]}, and {out} is not one: choose another --out")
-    full = any(out.iterdir()) if out.is_dir() else out.exists()
-    require(args.overwrite or not full, f"{out} already exists: add --overwrite, or choose another --out")
+    exists = any(out.iterdir()) if out.is_dir() else out.exists()
+    require(args.overwrite or not exists, f"{out} already exists: add --overwrite, or choose another --out")
     model, tokenizer = load_checkpoint(args.model)
-    try:
-        if args.format == "hf":
-            to_hf(model, tokenizer, out)
-            use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
-        else:
-            to_gguf(model, tokenizer, out, args.dtype)
-            use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
-    except OSError as error:
-        raise InputError(f"{out} could not be written: {error}") from error
+    if to_folder:
+        to_hf(model, tokenizer, out)
+        use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    else:
+        to_gguf(model, tokenizer, out, args.dtype)
+        use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")
     log(f"try: {use}")

@@ -67,25 +67,13 @@ def merged(model):
     return found
 
 
-BEGINNINGS = (True, False, "gaussian", "orthogonal", None)  # init_lora_weights that leave the base as it is
 PREFIX = "base_model.model."  # PEFT's name for the model that an adapter belongs to
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def prepare_folder(folder, overwrite=False):
-    """Make a folder for an adapter. Raises InputError if that fails, or if there is an adapter already."""
-    exists = any(Path(folder, name).exists() for name in (CONFIG, WEIGHTS))
-    require(overwrite or not exists, f"{folder} already holds an adapter: add --overwrite, or choose another folder")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} for the adapter can't be made: {error}") from error
 
 
 def save_adapter(model, folder, base):
     """Write adapter_config.json and adapter_model.safetensors as PEFT does; `base` is the folder of the base model."""
     folder = Path(folder)
-    prepare_folder(folder, overwrite=True)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     tensors = {}
     for name, module in modules.items():
@@ -96,10 +84,25 @@ def save_adapter(model, folder, base):
     config |= {"lora_alpha": module.scaling * rank, "lora_dropout": module.dropout.p}
     config["target_modules"] = [target for target in TARGETS if any(name.endswith(target) for name in modules)]
     config |= {"bias": "none", "fan_in_fan_out": True, "inference_mode": True}
-    with gpt.replacing(folder / WEIGHTS) as part:
+    with gpt.replacing(folder / WEIGHTS, parents=True) as part:
         save_file(tensors, part, {"format": "pt"})
     with gpt.replacing(folder / CONFIG) as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def exporter(folder, base, overwrite):
+    """export_weights for gpt.train: merges, and saves the adapter if there is a folder for it. Raises InputError."""
+    if folder:
+        free = overwrite or not Path(folder, CONFIG).exists()
+        require(free, f"{folder} already holds an adapter: add --overwrite, or choose another --save_adapter")
+        gpt.refuse_existing(folder, overwrite)
+
+    def export_weights(model):
+        if folder and gpt.RANK == 0:
+            save_adapter(model, folder, base)
+        return merged(model)
+
+    return export_weights
 
 
 def check_plain(config):
@@ -107,7 +110,7 @@ def check_plain(config):
     plain = {"peft_type": "LORA", "bias": "none", "lora_bias": False, "use_rslora": False, "use_dora": False}
     plain |= {"modules_to_save": None, "alpha_pattern": {}, "rank_pattern": {}}
     odd = [key for key, value in plain.items() if config.get(key, value) != value and (config[key] or value)]
-    if config.get("init_lora_weights") not in BEGINNINGS:  # the others change the base
+    if config.get("init_lora_weights") not in (True, False, "gaussian", "orthogonal", None):  # others change the base
         odd.append("init_lora_weights")
     require(not odd, f"it is not plain LoRA: {', '.join(f'{key} is {config[key]!r}' for key in odd)}")
 
@@ -121,25 +124,19 @@ def load_adapter(model, folder, base=None):
     try:
         config = json.loads(gpt.read_text(Path(folder, CONFIG)))
         check_plain(config)
-        tensors = load_file(Path(folder, WEIGHTS))
-        tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
-        targets = set()
-        for name, tensor in tensors.items():
-            match = re.fullmatch(r"transformer\.h\.\d+\.(.+)\.lora_[AB]", name)
-            require(match and match[1] in TARGETS, f"{name} is none of {', '.join(TARGETS)} in a block")
-            require(tensor.isfinite().all(), f"{name} holds numbers that are not finite")
-            targets.add(match[1])
-        rank, alpha = config["r"], config["lora_alpha"]
-        require(0 < alpha <= 2**40, f"lora_alpha is {alpha}, expected a positive number")
-        adapt(model, sorted(targets), rank, alpha)
+        tensors = {}
+        for name, tensor in load_file(Path(folder, WEIGHTS)).items():
+            tensors[name.removeprefix(PREFIX).removesuffix(".weight")] = tensor
+        targets = {re.sub(r"^transformer\.h\.\d+\.|\.lora_[AB]$", "", name) for name in tensors}
+        adapt(model, sorted(targets), config["r"], config["lora_alpha"])
         parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
         for name in sorted(parameters.keys() | tensors.keys()):
             fits = name in parameters and name in tensors and parameters[name].shape == tensors[name].shape
-            require(fits, f"{name} does not fit the model and the rank of {rank}")
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+            require(fits, f"{name} does not fit the model and the rank of {config['r']}")
+    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder} is not a readable adapter: {error}") from error
     made_for = config.get("base_model_name_or_path")
-    if base and made_for and Path(str(made_for)).name != Path(base).name:
+    if base and made_for and Path(made_for).name != Path(base).name:
         log(f"the adapter in {folder} was made for {made_for}, not for {base}")
     with torch.no_grad():
         for name, p in parameters.items():
