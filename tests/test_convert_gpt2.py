@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, ROOT, published
+from conftest import PROSE, ROOT, published, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -94,7 +94,7 @@ def test_a_model_of_gpt2s_true_size_is_the_same():
     reference = published("hf", n_positions=1024, n_embd=768, n_layer=12, n_head=12, vocab_size=50257)
     model = converted()
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    assert_same(model, reference, 200)
+    assert_same(model, reference, 20)
 
 
 def test_a_shorter_context_keeps_the_first_positions(origin):
@@ -231,41 +231,31 @@ def test_a_vocabulary_that_begins_with_the_end_of_text_gives_the_same_tokens(enc
     assert ours.decode(ours.encode(text)) == text
 
 
-def test_tokenizer_json_alone_is_enough_and_must_describe_gpt2s_way_of_splitting(tmp_path):
-    ours = gpt.Tokenizer.bpe([PROSE], 300)
-    published("hf", ours)
-    assert convert_gpt2.read_tokenizer(tmp_path / "hf").dumps() == ours.dumps()
-    (tmp_path / "hf/vocab.json").unlink()
-    assert convert_gpt2.read_tokenizer(tmp_path / "hf").dumps() == ours.dumps()
-    for key, value in (("normalizer", {"type": "NFC"}), ("pre_tokenizer", {"type": "Whitespace"}), ("model", [])):
-        before = (tmp_path / "hf/tokenizer.json").read_text()
-        edit(tmp_path / "hf/tokenizer.json", **{key: value})
-        refused("split in another way|is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path / "hf")
-        (tmp_path / "hf/tokenizer.json").write_text(before)
+def test_tokenizer_json_alone_is_enough_if_it_splits_text_as_gpt2_does(tmp_path):
+    ours, folder = gpt.Tokenizer.bpe([PROSE], 300), tmp_path / "hf"
+    published(folder, ours)
+    (folder / "vocab.json").unlink()
+    assert convert_gpt2.read_tokenizer(folder).dumps() == ours.dumps()
+    for changed in ({"model": []}, {"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFC"}}):
+        edit(folder / "tokenizer.json", **changed)
+        refused("split in another way|is not GPT-2's", convert_gpt2.read_tokenizer, folder)
 
 
-def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(hf, gpt2_vocabulary):
+def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary):
     """tiktoken's cache has encoder.json and vocab.bpe as published by OpenAI: vocab.json and merges.txt on the hub."""
-    cached = sorted(Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")).glob("*"))
-    if not cached:
-        pytest.skip("tiktoken keeps no copy here")
-    for path in cached:
-        content = path.read_bytes()
-        (hf / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
-    ours = convert_gpt2.read_tokenizer(hf)
+    cached = [path.read_bytes() for path in Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")).glob("*")]
+    for content in cached or pytest.skip("tiktoken keeps no copy here"):
+        (tmp_path / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
+    ours = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.ranks == gpt2_vocabulary.ranks and ours.eot == gpt2_vocabulary.eot == 50256
 
 
-def test_an_end_of_text_of_another_name_is_taken_from_the_config(hf):
-    trained_by_tokenizers(hf, ["</s>"])
-    refused(r"id 0 should be <\|endoftext\|>, and is \['</s>'\]", convert_gpt2.read_tokenizer, hf)
-    assert convert_gpt2.read_tokenizer(hf, ends=[0]).eot == 0
-
-
 @pytest.mark.parametrize("specials", [["<s>", "<pad>", "</s>"], [], ["<pad>"]], ids=str)
-def test_a_vocabulary_laid_out_otherwise_is_refused(hf, specials):
-    trained_by_tokenizers(hf, specials)
-    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, hf)
+def test_a_vocabulary_with_more_or_less_than_one_end_of_text_in_front_is_refused(tmp_path, specials):
+    trained_by_tokenizers(tmp_path, specials)
+    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
+    if len(specials) == 1:  # but the config may give it another name
+        assert convert_gpt2.read_tokenizer(tmp_path, ends=[0]).eot == 0
 
 
 def test_further_special_tokens_may_follow_the_end_of_text(hf):
@@ -273,38 +263,36 @@ def test_further_special_tokens_may_follow_the_end_of_text(hf):
     assert convert_gpt2.read_tokenizer(hf).vocab_size == 257
 
 
-def test_damaged_vocabularies_are_refused(encoders, tmp_path):
+VOCABULARY_DAMAGE = [{"A": None}, {"A": 1}, {"A": [7]}, {"A": 34.0}, {"<|endoftext|>": 400}, "reversed", "日 本\n"]
+
+
+@pytest.mark.parametrize("damage", VOCABULARY_DAMAGE, ids=str)
+def test_a_damaged_vocabulary_is_refused(tmp_path, damage):
     trained_by_tokenizers(tmp_path, ["<|endoftext|>"])
-    convert_gpt2.read_tokenizer(tmp_path)
-    vocab, merges = json.loads((tmp_path / "vocab.json").read_text()), (tmp_path / "merges.txt").read_text()
-    for wrong in ({"A": None}, {"A": 1}, {"A": [7]}, {"A": float(vocab["A"])}, {"<|endoftext|>": 400}):
-        edit(tmp_path / "vocab.json", **vocab | wrong)
-        refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
-    edit(tmp_path / "vocab.json", **vocab)
-    for wrong in ("\n".join(merges.splitlines()[::-1]), merges + "日 本\n"):
-        (tmp_path / "merges.txt").write_text(wrong, encoding="utf-8")
-        refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
+    if isinstance(damage, dict):
+        edit(tmp_path / "vocab.json", **damage)
+    else:
+        merges = merges[::-1] if damage == "reversed" else [*merges, damage]
+        (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
 
 
 # ---- The command ----
-def test_the_command_converts_into_a_checkpoint_that_needs_no_network(hf, capsys, monkeypatch):
-    convert_gpt2.main(["hf"])
+def test_the_command_replaces_a_run_by_a_checkpoint_that_needs_no_network(hf, capsys, monkeypatch):
+    Path("checkpoints/hf").mkdir(parents=True)
+    for name in ("training_state.safetensors", "log.csv", "loss.png", "config.json"):
+        Path("checkpoints/hf", name).write_text("old")
+    convert_gpt2.main(["hf", "--overwrite"])
     out, err = capsys.readouterr()
     assert "checkpoints/hf: 11,216 parameters, context 32, vocabulary 257\n" in out
     assert "guessing: ln 257 = 5.55" in out and "--model hf" in err
+    assert sorted(os.listdir("checkpoints/hf")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
     described = json.loads(Path("checkpoints/hf/config.json").read_text())
     assert described["source"]["folder"] == str(hf)
     monkeypatch.setattr(socket, "socket", None)
     model, tokenizer = gpt.load_checkpoint("hf")
     assert tokenizer.decode(tokenizer.encode("a")) == "a" and model.config.block_size == 32
-
-
-def test_overwriting_leaves_nothing_of_the_run_that_was_there(hf):
-    Path("ours").mkdir()
-    for name in ("training_state.safetensors", "log.csv", "loss.png", "config.json"):
-        Path("ours", name).write_text("old")
-    convert_gpt2.main(["hf", "--out", "ours", "--overwrite"])
-    assert sorted(os.listdir("ours")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
 
 
 BAD = {
@@ -324,18 +312,15 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkey
     monkeypatch.setattr(convert_gpt2.requests, "Session", None)
     Path("file").write_text("mine")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as end:
-        convert_gpt2.main(argv.split())
+    run_main(convert_gpt2.main, *argv.split(), expect=2)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and BAD[argv] in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and BAD[argv] in error
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
 MEASURE = """
-import re, torch
-import convert_gpt2
-def peak(): return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-torch.ones(300, 300) @ torch.ones(300, 300)
+import re, convert_gpt2
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 convert_gpt2.main(["hf"])
 print(peak() - before)
@@ -347,8 +332,8 @@ print(peak() - before)
 def test_memory_stays_under_one_and_a_half_times_the_weights():
     reference = published("hf", n_embd=1024, n_layer=6, n_head=16)
     size = sum(4 * p.numel() for p in reference.parameters())
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, env=environment, check=True)
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", MEASURE], **options)
     assert 0.3 < int(done.stdout.split()[-1]) / size < 1.5
 
 
@@ -363,11 +348,6 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.seen, self.trouble, self.victim = {}, [], [], "model.safetensors"
-
-    def ranges(self):
-        """Where each request for the weights began."""
-        wanted = [headers["Range"] or "bytes=0-" for path, headers in self.seen if path.startswith("/cdn")]
-        return [int(text[6:-1]) for text in wanted]
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -462,21 +442,16 @@ def test_a_broken_download_is_resumed_even_by_a_later_run(hub):
     hub.trouble = ["cut", "cut"] + [500] * 6
     refused("500.*You can also save config.json.* from https://huggingface.co/owner/name", download)
     assert download() == hub.files
-    assert 0 == hub.ranges()[0] < hub.ranges()[1] < hub.ranges()[-1]
+    starts = [headers["Range"] for path, headers in hub.seen if path.startswith("/cdn")]
+    assert starts[0] is None and int(starts[1][6:-1]) > len(LARGE) // 4 < int(starts[-1][6:-1])
 
 
-def test_half_of_another_version_is_never_completed(hub):
+def test_a_part_of_another_version_or_longer_than_the_file_is_never_completed(hub):
     hub.trouble = ["cut"] + [500] * 6
     refused("500", download)
     hub.files["model.safetensors"] = LARGE[::-1]
     refused("the checksum of model.safetensors differs", download)
-    assert download() == hub.files
-
-
-def test_a_part_longer_than_the_file_is_begun_anew(hub):
-    part = Path(".cache/hub/owner--name@main/model.safetensors.part")
-    part.parent.mkdir(parents=True)
-    part.write_bytes(LARGE + b"!")
+    Path(".cache/hub/owner--name@main/model.safetensors.part").write_bytes(LARGE + b"!")
     assert download() == hub.files
 
 
@@ -498,16 +473,12 @@ def test_what_stays_wrong_is_never_given_its_name(hub, trouble, message):
     assert not Path(".cache/hub/owner--name@main/model.safetensors").exists()
 
 
-def test_another_architecture_is_refused_before_its_weights_are_downloaded(hub):
+def test_what_is_not_there_or_not_gpt2_is_refused_at_the_first_request(hub):
     hub.files["config.json"] = hub.files["config.json"].replace(b'"gpt2"', b'"llama"')
-    refused("its model_type is 'llama'", download)
-    assert len(hub.seen) == 1
-
-
-def test_a_model_or_revision_that_is_not_there_is_named(hub):
     refused("owner/nothing has no config.json in main: check the name", download, "owner/nothing")
     refused("has no config.json in refs/pr/1", download, "owner/name", "refs/pr/1")
-    assert "/resolve/refs%2Fpr%2F1/config.json" in hub.seen[-1][0]
+    refused("its model_type is 'llama'", download)
+    assert len(hub.seen) == 3 and "/resolve/refs%2Fpr%2F1/config.json" in hub.seen[1][0]
 
 
 @pytest.mark.parametrize(("endpoint", "reason"), [("http://127.0.0.1:9", "no connection"), ("nowhere", "Invalid URL")])
