@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from hashlib import sha256
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, ROOT, published, run_main
+from conftest import PROSE, published, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -64,10 +62,16 @@ def refused(message, action, *args):
 
 
 # ---- The same computation ----
+WIDE = {"n_positions": 256, "n_embd": 64, "n_layer": 4, "n_head": 4}
+ODD = {"n_positions": 90, "n_embd": 30, "n_layer": 7, "n_head": 3, "vocab_size": 300}
+GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+
+
+@pytest.mark.parametrize("shape", [WIDE, ODD, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["wide", "odd", "gpt2"])
 @torch.no_grad()
-def assert_same(model, reference, new_tokens):
-    """Logits to 1e-5 against float64, for several lengths, and the same greedy text."""
-    context = model.config.block_size
+def test_logits_and_greedy_text_are_those_of_transformers(shape):
+    reference = published("hf", **shape)
+    model, context = converted(), shape["n_positions"]
     idx = torch.randint(257, (2, context), generator=torch.Generator().manual_seed(1))
     reference.double()
     for T in (1, 17, context):
@@ -75,26 +79,8 @@ def assert_same(model, reference, new_tokens):
         error = (model(idx[:, :T])[0].double() - exact).abs().max() / exact.abs().max()
         assert error < 1e-5, f"relative error {error:.1e} for {T} tokens"
     options = {"attention_mask": torch.ones(2, 3), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    exact = reference.generate(idx[:, :3], max_new_tokens=new_tokens, **options)
-    assert torch.equal(model.generate(idx[:, :3], new_tokens, temperature=0), exact)
-
-
-WIDE = {"n_positions": 256, "n_embd": 64, "n_layer": 4, "n_head": 4}
-ODD = {"n_positions": 90, "n_embd": 30, "n_layer": 7, "n_head": 3, "vocab_size": 300}
-
-
-@pytest.mark.parametrize("shape", [WIDE, ODD], ids=["wide", "odd"])
-def test_logits_and_greedy_text_are_those_of_transformers(shape):
-    reference = published("hf", **shape)
-    assert_same(converted(), reference, 60)
-
-
-@pytest.mark.slow
-def test_a_model_of_gpt2s_true_size_is_the_same():
-    reference = published("hf", n_positions=1024, n_embd=768, n_layer=12, n_head=12, vocab_size=50257)
-    model = converted()
-    assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    assert_same(model, reference, 20)
+    exact = reference.generate(idx[:, :3], max_new_tokens=50, **options)
+    assert torch.equal(model.generate(idx[:, :3], 50, temperature=0), exact)
 
 
 def test_a_shorter_context_keeps_the_first_positions(origin):
@@ -135,15 +121,19 @@ def test_every_form_gives_the_same_model(origin, hf, form):
     assert_equal_weights(converted(), origin[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_the_same_numbers_in_float32(dtype):
-    reference = published("hf").to(dtype)
+def test_bfloat16_files_become_the_same_numbers_in_float32():
+    reference = published("hf").bfloat16()
     reference.save_pretrained("hf")
     assert_equal_weights(converted(), reference)
 
 
 # ---- What computes something else, or is damaged, is refused by name ----
-OTHER = {  # what the error says -> the change of config.json
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+REFUSED = {  # what the error says -> the change of config.json, or of the folder
     "its tie_word_embeddings is False, and ours is True": {"tie_word_embeddings": False},
     "its activation_function is 'gelu', and ours is 'gelu_new'": {"activation_function": "gelu"},
     "its layer_norm_epsilon is 1e-12": {"layer_norm_epsilon": 1e-12},
@@ -154,28 +144,11 @@ OTHER = {  # what the error says -> the change of config.json
     "its model_type is 'llama', and ours is 'gpt2'": {"model_type": "llama"},
     "its quantization_config is": {"quantization_config": {"bits": 4}},
     "its auto_map is": {"auto_map": {"AutoModel": "model.Model"}},
-    "n_embd must be a whole number": {"n_embd": None},
-    "n_layer must be a whole number": {"n_layer": "2"},
+    "n_layer, n_embd must be a whole number": {"n_embd": None, "n_layer": "2"},
     "resid_pdrop is '0.1', not a number": {"resid_pdrop": "0.1"},
     r"wte.weight is \(257, 16\), not \(300, 16\)": {"vocab_size": 300},
     "257 tokens are more than the model's vocab_size": {"vocab_size": 200},
     "the weights do not fit config.json": {"n_embd": 2**16, "n_layer": 99},
-}
-
-
-@pytest.mark.parametrize("message", OTHER)
-def test_a_config_of_another_computation_is_refused_by_name(hf, message):
-    edit(hf / "config.json", **OTHER[message])
-    refused(message, converted)
-    assert not os.path.exists("ours")
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-DAMAGE = {
     "h.1.ln_1.bias is missing": lambda hf: put(hf, "transformer.h.1.ln_1.bias", None),
     "score.weight is not GPT-2's": lambda hf: put(hf, "score.weight", torch.ones(2, 16)),
     r"\(64, 16\), not \(16, 64\)": lambda hf: put(hf, "transformer.h.0.mlp.c_fc.weight", torch.ones(64, 16)),
@@ -183,24 +156,21 @@ DAMAGE = {
     "ln_f.bias holds numbers": lambda hf: put(hf, "transformer.ln_f.bias", torch.full((16,), torch.nan)),
     "its head is not tied": lambda hf: put(hf, "lm_head.weight", torch.ones(257, 16)),
     "model.safetensors is damaged": lambda hf: os.truncate(hf / "model.safetensors", 5000),
-    "run `git lfs pull`": lambda hf: (hf / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1"
-    ),
+    "run `git lfs pull`": lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs"),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
     "has no config.json": lambda hf: (hf / "config.json").unlink(),
-    "config.json is not JSON": lambda hf: (hf / "config.json").write_text("<html>"),
-    "config.json is not JSON: max": lambda hf: (hf / "config.json").write_text("[" * 100_000),
+    "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
     "has no merges.txt": lambda hf: (hf / "merges.txt").unlink(),
     "has no vocab.json or": lambda hf: [(hf / name).unlink() for name in ("vocab.json", "tokenizer.json")],
     "bin holds other things than tensors, .* AttributeError": lambda hf: as_pickle(hf, [1, 2]),
     "bin holds other things than tensors, .* UnpicklingError": lambda hf: as_pickle(hf, {"wte.weight": Payload()}),
-    "other things .* UnpicklingError": lambda hf: as_pickle(hf, Payload(), _use_new_zipfile_serialization=False),
 }
 
 
-@pytest.mark.parametrize("message", DAMAGE)
-def test_damaged_files_are_refused_by_name_and_no_pickle_runs_code(hf, message):
-    DAMAGE[message](hf)
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_not_gpt2_or_damaged_is_refused_by_name_and_no_pickle_runs_code(hf, message):
+    spoil = REFUSED[message]
+    spoil(hf) if callable(spoil) else edit(hf / "config.json", **spoil)
     refused(message, converted)
     assert not os.path.exists("ours") and not os.path.exists("executed")
 
@@ -220,6 +190,7 @@ def trained_by_tokenizers(folder, specials):
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     theirs = trained_by_tokenizers(folder, ["<|endoftext|>"])
+    edit(folder / "vocab.json", **{"<pad>": 400})  # further special tokens may follow
     return convert_gpt2.read_tokenizer(folder), theirs
 
 
@@ -258,11 +229,6 @@ def test_a_vocabulary_with_more_or_less_than_one_end_of_text_in_front_is_refused
         assert convert_gpt2.read_tokenizer(tmp_path, ends=[0]).eot == 0
 
 
-def test_further_special_tokens_may_follow_the_end_of_text(hf):
-    edit(hf / "vocab.json", **{"<pad>": 257, "<sep>": 258})
-    assert convert_gpt2.read_tokenizer(hf).vocab_size == 257
-
-
 VOCABULARY_DAMAGE = [{"A": None}, {"A": 1}, {"A": [7]}, {"A": 34.0}, {"<|endoftext|>": 400}, "reversed", "日 本\n"]
 
 
@@ -288,15 +254,11 @@ def test_the_command_replaces_a_run_by_a_checkpoint_that_needs_no_network(hf, ca
     assert "checkpoints/hf: 11,216 parameters, context 32, vocabulary 257\n" in out
     assert "guessing: ln 257 = 5.55" in out and "--model hf" in err
     assert sorted(os.listdir("checkpoints/hf")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
-    described = json.loads(Path("checkpoints/hf/config.json").read_text())
-    assert described["source"]["folder"] == str(hf)
     monkeypatch.setattr(socket, "socket", None)
-    model, tokenizer = gpt.load_checkpoint("hf")
-    assert tokenizer.decode(tokenizer.encode("a")) == "a" and model.config.block_size == 32
+    assert gpt.load_checkpoint("hf")[1].encode("a") == [97]
 
 
 BAD = {
-    "hf --block_size 0": "expected 1 to the model's context, 32",
     "hf --block_size 33": "expected 1 to the model's context, 32",
     "hf --revision v2": "--revision goes with a model on the hub",
     "hf --out hf --overwrite": "holds the published files: choose another --out",
@@ -316,25 +278,6 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkey
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and BAD[argv] in error
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-
-
-MEASURE = """
-import re, convert_gpt2
-peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-before = peak()
-convert_gpt2.main(["hf"])
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_memory_stays_under_one_and_a_half_times_the_weights():
-    reference = published("hf", n_embd=1024, n_layer=6, n_head=16)
-    size = sum(4 * p.numel() for p in reference.parameters())
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "check": True}
-    done = subprocess.run([sys.executable, "-c", MEASURE], **options)
-    assert 0.3 < int(done.stdout.split()[-1]) / size < 1.5
 
 
 # ---- The download, from a server that answers as huggingface.co does, and makes trouble ----
@@ -372,8 +315,8 @@ class Answer(BaseHTTPRequestHandler):
         if host not in ("owner/name/resolve/main", "cdn") or body is None:
             return self.reply(404)
         if name == "model.safetensors" and host != "cdn":  # a large file is on another host
-            linked = {"X_Linked_Etag": f'"{sha256(body).hexdigest()}"', "ETag": '"of the redirect"'}
-            return self.reply(302, Location=f"http://localhost:{hub.server_port}/cdn/{name}", **linked)
+            location, etag = f"http://localhost:{hub.server_port}/cdn/{name}", f'"{sha256(body).hexdigest()}"'
+            return self.reply(302, Location=location, X_Linked_Etag=etag)
         trouble = hub.trouble.pop(0) if hub.trouble and name == hub.victim else None
         if isinstance(trouble, int):
             return self.reply(trouble, Retry_After="1" if trouble == 429 else "0")
@@ -443,7 +386,7 @@ def test_a_broken_download_is_resumed_even_by_a_later_run(hub):
     refused("500.*You can also save config.json.* from https://huggingface.co/owner/name", download)
     assert download() == hub.files
     starts = [headers["Range"] for path, headers in hub.seen if path.startswith("/cdn")]
-    assert starts[0] is None and int(starts[1][6:-1]) > len(LARGE) // 4 < int(starts[-1][6:-1])
+    assert starts[0] is None and len(LARGE) // 4 < int(starts[1][6:-1]) < int(starts[-1][6:-1])
 
 
 def test_a_part_of_another_version_or_longer_than_the_file_is_never_completed(hub):
@@ -461,7 +404,6 @@ WRONG = [
     ([500] * 9, "500 Server Error"),
     ([400], "400 Client Error"),
     ([401], "is not public, or not there: check the name, or set HF_TOKEN"),
-    ([403], "is not public, or not there: check the name, or set HF_TOKEN"),
     (["page"], "the answer is a web page"),
 ]
 
