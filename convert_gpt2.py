@@ -279,7 +279,8 @@ def map_weights(tensors, model):
             problems.append(f"{name} is {has}, not {takes}")
         else:
             require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, not a floating-point type")
-            require(tensor.sum(dtype=torch.float64).isfinite(), f"{name} holds numbers that are not finite")
+            total = tensor.sum(dtype=torch.float64)  # isfinite() of the tensor itself would take memory
+            require(total.isfinite(), f"{name} holds numbers that are not finite")
             tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
             weights[f"transformer.{name}"] = tensor.contiguous().float()
     problems += [f"{name} is missing" for name in wanted]
