@@ -130,8 +130,9 @@ def download_model(name, revision):
     except OSError as error:
         reason = f"no connection to {endpoint}" if isinstance(error, requests.ConnectionError) else error
         page = f"https://huggingface.co/{repository}/tree/{revision}"
-        by_hand = f"save {FILES} from {page} in a FOLDER, and run python convert_gpt2.py FOLDER"
-        raise InputError(f"{name} could not be downloaded: {reason}. You can also {by_hand}") from error
+        by_hand = f"save {FILES} from {page} in a FOLDER, and run"
+        then = f"python convert_gpt2.py FOLDER --out checkpoints/{Path(name).name}"
+        raise InputError(f"{name} could not be downloaded: {reason}. You can also {by_hand} {then}") from error
     return folder
 
 
