@@ -10,41 +10,24 @@ written for x @ W with W (in, out), and nn.Linear computes x @ W.T with W (out, 
 forgotten transpose shows as a wrong shape, except in attn.c_proj, which is square: there only the logits are wrong.
 """
 
-import ctypes
-import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
 import re
-import time
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+import numpy as np
 import requests
 import torch
+from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from urllib3.util import Retry
 
 import gpt
-from gpt import (
-    EOT,
-    GPT,
-    PRESETS,
-    GPTConfig,
-    InputError,
-    Tokenizer,
-    command,
-    load_checkpoint,
-    log,
-    read_text,
-    replacing,
-    require,
-    save_checkpoint,
-)
+from gpt import EOT, GPT, PRESETS, GPTConfig, InputError, Tokenizer, command, log, read_text, require
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PARAGRAPH = (
@@ -53,215 +36,123 @@ PARAGRAPH = (
     "not mind. He had his books, a stove, and a cat that slept on the warm side of the room."
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Download the files of a model from the Hugging Face hub: each once, and checked. A download goes to NAME.ETAG.part, and
-# resumes there if it breaks. It gets its final name once its size and hash match what the hub announced. HF_ENDPOINT
-# (a mirror) and HF_TOKEN (for private models) have their usual meaning.
-
-NAMES = {name: f"openai-community/{name}" for name in PRESETS if "gpt2" in name}
+# ---- Download the files of a model from the Hugging Face hub, each once ----
+NAMES = {name: f"openai-community/{name}" for name in PRESETS if name.startswith("gpt2")}
 NAMES["distilgpt2"] = "distilbert/distilgpt2"
+FILES = "config.json, vocab.json, merges.txt and model.safetensors"
 CACHE = Path(".cache", "hub")
-TIMEOUT, PAUSE, LONGEST_PAUSE = (10, 30), 1.0, 300  # seconds
-ATTEMPTS = 5
+TIMEOUT = (10, 30)  # seconds: to connect, and without a byte
+BUSY = (408, 429, 500, 502, 503, 504)  # ask again, after the time in Retry-After or 0, 1, 2, 4 and 8 seconds
+RETRY = Retry(total=5, backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False)
+RESUMES = 10  # broken connections per file
 
 
-class Interrupted(Exception):
-    """A download worth another attempt; `pause` is how long the server asked to wait."""
-
-    def __init__(self, reason, pause=None):
-        super().__init__(reason)
-        self.pause = pause
-
-
-def header(response, *names):
-    """The first of these headers that is in the hub's answer or in that of the host it redirects to; or ""."""
-    hops = [*response.history, response]  # a large file is a redirect, and the hub's own answer describes the file
-    return next((hop.headers[name] for name in names for hop in hops if name in hop.headers), "")
+def open_session():
+    session = requests.Session()
+    session.mount("https://", HTTPAdapter(max_retries=RETRY))
+    session.mount("http://", HTTPAdapter(max_retries=RETRY))
+    session.headers["Accept-Encoding"] = "identity"  # compressed, the answer would have another size than the file
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        require(re.fullmatch("[!-~]+", token), "HF_TOKEN contains characters that no token has")
+        session.headers["Authorization"] = f"Bearer {token}"  # requests drops it when redirected to another host
+    return session
 
 
-def seconds_asked(response):
-    """How long a busy server asks to wait, in Retry-After (seconds or a date) or RateLimit (t=seconds); or None."""
-    asked = response.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(asked) if asked[:1].isdigit() else parsedate_to_datetime(asked).timestamp() - time.time())
-    except (TypeError, ValueError):
-        limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
-        return float(limit[1]) if limit else None
-
-
-def parts_of(path):
-    """The incomplete download of a file, at most one NAME.ETAG.part."""
-    dots = path.name.count(".") + 2
-    return [part for part in path.parent.glob(f"{path.name}.*.part") if part.name.count(".") == dots]
-
-
-def check_content(path, etag, size):
-    """Raise Interrupted, and delete the file, unless it has the size and hash that the hub announced."""
-    actual = path.stat().st_size
-    digest = None
-    if actual < (size or 0):
-        raise Interrupted(f"the connection ended after {actual:,} of {size:,} bytes")
-    if re.fullmatch("[0-9a-f]{64}", etag):
-        digest = hashlib.sha256()
-    elif re.fullmatch("[0-9a-f]{40}", etag):
-        digest = hashlib.sha1(b"blob %d\0" % actual)
-    if digest:
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
-                digest.update(block)
-    if (size and actual != size) or (digest and digest.hexdigest() != etag):
-        path.unlink()
-        raise Interrupted(f"these {actual:,} bytes are not the file: its hash should be {etag or 'unknown'}")
-
-
-def attempt(session, url, path):
-    """Download what is still missing of a file -> the hub's commit; None if there is no such file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = parts_of(path)
-    have = parts[0].stat().st_size if parts else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status, etag = response.status_code, re.sub(r'^(W/)?"?|"$', "", header(response, "X-Linked-Etag", "ETag"))
-        part = path.with_name(f"{path.name}.{re.sub('[^0-9a-zA-Z]', '', etag)[:64] or 'unknown'}.part")
-        if status == 404:
-            return None
-        said = f" ({said})" if (said := header(response, "X-Error-Message")) else ""
-        advice = "no such model, or it isn't public. Check the name, or set HF_TOKEN to a token that may read it"
-        require(status not in (401, 403), f"the answer for {url} is {status}{said}: {advice}")
-        if status in (408, 429) or status >= 500:
-            raise Interrupted(f"the server answered {status}", seconds_asked(response))
-        resumes = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        other_file = have and not (etag and parts == [part])
-        if status == 416 or (status == 206 and not resumes) or other_file:
-            for stale in parts:
-                stale.unlink()
-            raise Interrupted("the earlier part does not belong to this file", 0)
-        require(status in (200, 206), f"the answer for {url} is {status} {response.reason}")
-        is_page = "text/html" in response.headers.get("Content-Type", "")
-        advice = "is there a proxy or a login page between this machine and the hub?"
-        require(not is_page, f"the answer for {path.name} is a web page: {advice}")
-        have = have if status == 206 else 0
-        size = int(header(response, "X-Linked-Size") or have + int(response.headers.get("Content-Length", -have)))
-        most = size or (2**26 if path.suffix in (".json", ".txt") else math.inf)
-        looks = {"unit": "B", "unit_scale": True, "disable": None, "leave": False}
-        bar = tqdm(desc=path.name, total=size or None, initial=have, **looks)
-        with bar, open(part, "ab" if have else "wb") as file:
+def receive(response, part, have):
+    """Append an answer to the first `have` bytes of a file -> is it all there? (urllib3 checks the length.)"""
+    total = have + int(response.headers.get("Content-Length", 0))
+    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False)
+    with bar, open(part, "ab" if have else "wb") as file:
+        try:
             for block in response.iter_content(2**16):
                 file.write(block)
                 bar.update(len(block))
-                if file.tell() > most:
-                    break  # it can't be the file
-            file.flush()
-            os.fsync(file.fileno())
-        check_content(part, etag, size)
-        if path.suffix == ".json":
-            read_json(part)
-        os.replace(part, path)
-        return header(response, "X-Repo-Commit")
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            return False
+        file.flush()
+        os.fsync(file.fileno())
+    return True
 
 
-def download(session, url, path, by_hand):
-    """Attempt it until it works, through broken connections and busy servers. Raises InputError."""
-    failures = most = 0
-    while True:
-        try:
-            return attempt(session, url, path)
-        except Interrupted as error:
-            reason, asked = str(error), error.pause
-        except requests.Timeout:
-            reason, asked = f"no answer for {TIMEOUT[1]} s", None
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            broken = "timed out" in str(error) or isinstance(error, requests.exceptions.ChunkedEncodingError)
-            reason, asked = "the connection broke" if broken else f"no connection to {urlsplit(url).netloc}", None
-        except (OSError, ValueError) as error:  # a full disk, or another of requests' exceptions
-            raise InputError(f"{path.name}: {error}. You can also {by_hand}") from error
-        have = sum(part.stat().st_size for part in parts_of(path))
-        failures = failures + 1 if have <= most else 1  # progress earns new attempts
-        most = max(most, have)
-        pause = PAUSE * 2 ** (failures - 1) if asked is None else asked
-        advice = f"run the same command to resume after {have:,} bytes, or {by_hand}" if have else by_hand
-        worth_it = failures < ATTEMPTS and pause <= LONGEST_PAUSE
-        require(worth_it, f"{path.name} could not be downloaded: {reason}. What to do: {advice}")
-        log(f"{path.name}: {reason}; trying again in {pause:.0f} s")
-        time.sleep(pause)
+def download(session, url, path):
+    """Download a file as NAME.part, which gets its name once it is whole -> is there such a file? Raises OSError."""
+    if path.exists():
+        return True
+    log(f"downloading {url}")
+    part = path.with_name(f"{path.name}.part")
+    for _ in range(RESUMES):
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            status = response.status_code
+            # A large file is on another host. The hub's own answer, which redirects there, has the file's SHA-256.
+            etags = [hop.headers.get("X-Linked-Etag", "") for hop in [*response.history, response]]
+            checksums = re.findall("[0-9a-f]{64}", " ".join(etags))
+            if status == 404:
+                return False
+            if status == 416 or (status == 206 and not checksums):
+                part.unlink()  # longer than the file, or not to be checked: start again
+                continue
+            require(status not in (401, 403), f"{url} is not public, or not there: check the name, or set HF_TOKEN")
+            response.raise_for_status()
+            if "text/html" in response.headers.get("Content-Type", ""):
+                raise OSError("the answer is a web page: is there a login page between this machine and the hub?")
+            whole = receive(response, part, have if status == 206 else 0)
+        if whole:
+            if checksums and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() not in checksums:
+                part.unlink()
+                raise OSError(f"the checksum of {path.name} differs")
+            part.replace(path)
+            return True
+    raise OSError(f"the connection broke {RESUMES} times: run the same command to resume")
 
 
-def open_source(name, revision="main"):
-    """A folder, short name or owner/name -> fetch, which gives the path of a file or None, and the files' folder."""
-    if (Path(name) / "config.json").is_file():
-        require(revision == "main", f"--revision goes with a model on the hub, and {name} is a folder")
-        return lambda file: checked(path) if (path := Path(name) / file).is_file() else None, Path(name)
-    needed = "config.json, vocab.json, merges.txt and model.safetensors"
-    require(not Path(name).is_dir(), f"{name} has no config.json: put {needed} there")
-    repository = NAMES.get(name, name)
+def download_model(name, revision):
+    """A short name, or owner/name on the hub -> the folder with its files. Raises InputError."""
+    repository, at = NAMES.get(name, name), quote(revision, safe="")
     valid = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository)
     require(valid, f"{name!r} is neither a folder nor owner/name nor one of {', '.join(NAMES)}")
+    folder = CACHE / f"{repository.replace('/', '--')}@{at}"
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    folder = CACHE / f"{repository.replace('/', '--')}@{quote(revision, safe='')}"
-    page = f"https://huggingface.co/{repository}/tree/{revision}"
-    then = f"run python convert_gpt2.py FOLDER --out checkpoints/{Path(name).name}"
-    by_hand = f"save {needed} from {page} in a FOLDER, and {then}"
-    session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"  # compressed, an answer has another size than the file
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        require(re.fullmatch("[!-~]+", token), "HF_TOKEN contains characters that no token has")
-
-        def authorize(request):
-            request.headers["Authorization"] = f"Bearer {token}"  # requests drops it when redirected to another host
-            return request
-
-        session.auth = authorize
+    session = open_session()
 
     def fetch(file):
-        pin, absent = folder / "commit", folder / f"{file}.absent"
-        if (folder / file).is_file() or absent.exists():
-            return None if absent.exists() else checked(folder / file)
-        at = quote(read_text(pin) if pin.exists() else revision, safe="")  # all files from the commit of the first
-        commit = download(session, f"{endpoint}/{repository}/resolve/{at}/{file}", folder / file, by_hand)
-        if commit and not pin.exists():
-            with replacing(pin) as part:
-                part.write_text(commit)
-        missing = f"there is no {file} at {endpoint}/{repository} in revision {revision}"
-        require(commit is not None or file != "config.json", f"{missing}: check the name, or {by_hand}")
-        if commit is None:
-            with replacing(absent) as part:  # so that it is not asked for again
-                part.touch()
-            return None
-        return checked(folder / file)
+        return download(session, f"{endpoint}/{repository}/resolve/{at}/{file}", folder / file)
 
-    return fetch, folder
-
-
-def checked(path):
-    """The path itself; raises InputError if a web page or a pointer was saved instead of the file."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip().lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        require(fetch("config.json"), f"{endpoint}/{repository} has no config.json in {revision}: check the name")
+        read_config(read_json(folder / "config.json"))  # before half a gigabyte comes
+        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+            fetch(file)
+        fetch("model.safetensors") or fetch("pytorch_model.bin")
     except OSError as error:
-        raise InputError(f"{path} could not be read: {error}") from error
-    is_page = start.startswith((b"<!doctype", b"<html"))
-    is_pointer = start.startswith(b"version https://git-lfs")
-    require(not is_page, f"{path} is a web page, not the file: delete it and download it again")
-    require(not is_pointer, f"{path} is a git-lfs pointer, not the file: `git lfs pull` gets it")
-    return path
+        reason = f"no connection to {endpoint}" if isinstance(error, requests.ConnectionError) else error
+        page = f"https://huggingface.co/{repository}/tree/{revision}"
+        by_hand = f"save {FILES} from {page} in a FOLDER, and run"
+        then = f"python convert_gpt2.py FOLDER --out checkpoints/{Path(name).name}"
+        raise InputError(f"{name} could not be downloaded: {reason}. You can also {by_hand} {then}") from error
+    return folder
+
+
+def find(folder, *names):
+    """The first of these files that the folder has. Raises InputError."""
+    there = [folder / name for name in names if (folder / name).is_file()]
+    require(there, f"{folder} has no {' or '.join(names)}: put {FILES} there")
+    return there[0]
 
 
 def read_json(path):
-    text = read_text(path)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        found = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     require(isinstance(found, dict), f"{path} is not a JSON object")
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Published files -> shape, vocabulary and weights.
-
-# sha256 of Tokenizer.gpt2().dumps()
-GPT2_VOCABULARY = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-SAME_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
+# ---- config.json -> shape, or an error that names what GPT-2 and gpt.py don't compute ----
 SAME = {  # what gpt.py computes, in the words of config.json
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -274,39 +165,26 @@ SAME = {  # what gpt.py computes, in the words of config.json
     "quantization_config": None,
     "auto_map": None,
 }
-SHAPE = {
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+SHAPE = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
 
 
-def read_config(described, block_size=None):
+def read_config(described):
     """config.json -> GPTConfig; raises InputError if the model computes anything else than gpt.py."""
-    require("model_type" in described, "config.json has no model_type: this is not a model from the Hugging Face hub")
-    different = [key for key, ours in SAME.items() if described.get(key, ours) != ours]
-    if described.get("activation_function") in SAME_GELU[1:]:
-        different.remove("activation_function")
-    width = described.get("n_embd")
-    if "n_inner" in different and isinstance(width, int) and described["n_inner"] == 4 * width:
-        different.remove("n_inner")
+    shape = {ours: described.get(theirs) for ours, theirs in SHAPE.items()}
+    odd = [SHAPE[ours] for ours, value in shape.items() if type(value) is not int]
+    require(not odd, f"config.json: {', '.join(odd)} must be a whole number")
+    accepted = {key: (value,) for key, value in SAME.items()}
+    accepted["activation_function"] = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
+    accepted["n_inner"] = (None, 4 * shape["n_embd"])
+    different = [key for key, values in accepted.items() if described.get(key, SAME[key]) not in values]
     details = "; ".join(f"its {key} is {described[key]!r}, and ours is {SAME[key]!r}" for key in different)
     require(not different, f"this model does not compute what gpt.py does: {details}")
-    missing = [theirs for theirs in SHAPE.values() if theirs not in described]
-    require(not missing, f"config.json lacks {', '.join(missing)}")
-    odd = [key for key in SHAPE.values() if type(described[key]) is not int]
-    require(not odd, f"config.json: {', '.join(odd)} must be a whole number")
     dropout = described.get("resid_pdrop", 0.1)
     require(type(dropout) in (int, float), f"config.json: resid_pdrop is {dropout!r}, not a number")
-    config = GPTConfig(**{ours: described[theirs] for ours, theirs in SHAPE.items()}, dropout=dropout)
-    block_size = config.block_size if block_size is None else block_size
-    possible = 1 <= block_size <= config.block_size
-    require(possible, f"--block_size is {block_size}, expected 1 to the model's context, {config.block_size}")
-    return dataclasses.replace(config, block_size=block_size)
+    return GPTConfig(**shape, dropout=dropout)
 
 
+# ---- vocab.json and merges.txt -> Tokenizer ----
 def characters():
     """Byte -> its character in vocab.json: itself if that is printable, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -314,158 +192,127 @@ def characters():
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def read_vocabulary(fetch):
-    """vocab.json and merges.txt, or tokenizer.json -> {token: id}, [(left, right)], spelled as there."""
-    described, added = None, {}
-    if path := fetch("tokenizer.json"):
-        described = read_json(path)
-        splits = described["pre_tokenizer"] or {}
-        plain = splits.get("type") == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
-        plain = plain and described["normalizer"] is None
-        require(plain, f"the vocabulary is not GPT-2's: by {path}, its text is changed or split in another way")
-        added = {token["content"]: token["id"] for token in described["added_tokens"]}
-    if (vocab := fetch("vocab.json")) and (merges := fetch("merges.txt")):
-        lines = read_text(merges).split("\n")
-        return added | read_json(vocab), [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-    require(described, "there is neither vocab.json with merges.txt nor tokenizer.json: it is not GPT-2's vocabulary")
-    pairs = described["model"]["merges"]
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
+def read_vocabulary(folder):
+    """vocab.json with merges.txt, or else tokenizer.json -> {token: id}, [(left, right)], spelled as there."""
+    path = find(folder, "vocab.json", "tokenizer.json")
+    described = read_json(path)
+    if path.name == "vocab.json":
+        lines = read_text(find(folder, "merges.txt")).split("\n")
+        return described, [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    splits = described["pre_tokenizer"]
+    usual = splits["type"] == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
+    require(usual and not described["normalizer"], f"by {path}, text is changed or split in another way than GPT-2's")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in described["model"]["merges"]]
+    added = {token["content"]: token["id"] for token in described["added_tokens"]}
     return described["model"]["vocab"] | added, pairs
 
 
-def read_tokenizer(fetch, ends=()):
+def read_tokenizer(folder, ends=()):
     """The published vocabulary -> Tokenizer; raises InputError if it isn't built like GPT-2's.
 
     The end of text is the one id that no bytes have; its name must be <|endoftext|>, or its id be among `ends`.
     """
     byte_of = {character: byte for byte, character in characters().items()}
+    wrong = "the vocabulary is not GPT-2's"
     try:
-        vocab, pairs = read_vocabulary(fetch)
-        odd = [token for token, i in vocab.items() if not isinstance(i, int)]
-        require(not odd, f"the vocabulary is not GPT-2's: the ids of {odd[:3]} are not whole numbers")
-        merged = list(dict.fromkeys(vocab["".join(pair)] for pair in pairs))
-        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in [*byte_of, *map("".join, pairs)]}
-        ids = set(ranks.values())
-        others = {i: token for token, i in vocab.items() if i not in ids}
-        ordered = merged == sorted(merged)
+        vocab, pairs = read_vocabulary(folder)
+        tokens = [*byte_of, *("".join(pair) for pair in pairs)]
+        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in tokens}
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the vocabulary is not GPT-2's: {type(error).__name__}, {error}") from error
-    require(ordered, "the vocabulary is not GPT-2's: its merges are not in the order of their ids")
-    free = set(range(len(ranks) + 1)) - ids
-    found = f"its first {len(ranks) + 1:,} ids are not bytes, merges and one end of text"
-    more = ", ".join(map(repr, list(others.values())[:5])) or "none"
-    usual = len(free) == 1 and free <= others.keys()
-    require(usual, f"the vocabulary is not GPT-2's: {found}; its other tokens are {more}")
-    (end,) = free
-    known = others[end] == EOT or end in ends
-    require(known, f"the vocabulary is not GPT-2's: id {end}, where the end of text should be, is {others[end]!r}")
+        raise InputError(f"{wrong}: {type(error).__name__}, {error}") from error
+    require(all(type(i) is int for i in vocab.values()), f"{wrong}: its ids are not whole numbers")
+    merged = list(ranks.values())[256:]
+    require(merged == sorted(merged), f"{wrong}: its merges are not in the order of their ids")
+    free = sorted(set(range(len(ranks) + 1)).difference(ranks.values()))
+    require(len(free) == 1, f"{wrong}: its first {len(ranks) + 1:,} ids are not bytes, merges and one end of text")
+    end = free[0]
+    known = vocab.get(EOT) == end or end in ends
+    require(known, f"{wrong}: id {end} should be {EOT}, and is {[token for token, i in vocab.items() if i == end]}")
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    tokenizer = Tokenizer(ranks, "bytes" if len(ranks) == 256 else "bpe", end)
-    if hashlib.sha256(tokenizer.dumps().encode()).hexdigest() == GPT2_VOCABULARY:
-        tokenizer.kind = "gpt2"
-    return tokenizer
+    return Tokenizer(ranks, "bytes" if len(ranks) == 256 else "bpe", end)
 
 
-def find_weights(fetch):
-    """The files with the weights: safetensors rather than pickles, one file rather than shards."""
-    index = ".index.json"
-    for name in ("model.safetensors", f"model.safetensors{index}", "pytorch_model.bin", f"pytorch_model.bin{index}"):
-        path = fetch(name)
-        if path and path.suffix != ".json":
-            return [path]
-        if path:
-            where = read_json(path).get("weight_map")
-            shards = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
-            plain = all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard) for shard in shards)
-            require(shards and plain, f"{path} does not name files next to it")
-            paths = [fetch(shard) for shard in shards]
-            missing = [shard for shard, found in zip(shards, paths, strict=True) if not found]
-            require(not missing, f"{path} names files that are missing: {', '.join(missing)}")
-            return paths
-    raise InputError("there are no weights: no model.safetensors, no pytorch_model.bin, and no index of shards")
+# ---- model.safetensors, or the pickle pytorch_model.bin -> weights under our names ----
+def read_tensors(path):
+    """A file of weights -> pairs of published name and tensor, one after the other."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+            for name in names:
+                with safe_open(path, "pt") as file:  # opened anew, or the pages that it touched would add up
+                    tensor = file.get_tensor(name)
+                yield name, tensor
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # builds tensors, and runs no code
+            while state:
+                name, tensor = state.popitem()
+                yield name, tensor.contiguous()
+    except (SafetensorError, OSError) as error:
+        advice = "delete it and download it again, or run `git lfs pull` if it is a pointer of git-lfs"
+        raise InputError(f"{path} is damaged ({error}): {advice}") from error
+    except Exception as error:
+        raise InputError(
+            f"{path} holds other things than tensors, and was not loaded: {type(error).__name__}"
+        ) from error
 
 
-def open_weights(paths):
-    """Files -> {published name: (shape, read)}; read() gives the tensor, and keeps nothing in memory."""
-
-    def read_one(path, name):
-        with safe_open(path, "pt") as file:  # opened anew, or the pages it touched would add up
-            return file.get_tensor(name)
-
-    found = {}
-    for path in paths:
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as file:
-                    names = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                readers = {name: (shape, functools.partial(read_one, path, name)) for name, shape in names.items()}
-            else:  # a pickle: weights_only builds tensors and runs no code
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                for name, tensor in state.items():  # all of its values must be in the file
-                    real = tensor.layout == torch.strided and tensor.device.type == "cpu" and isinstance(name, str)
-                    if not real or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-                        raise TypeError(f"{name} is not a plain tensor")
-                readers = {name: (tuple(state[name].shape), functools.partial(state.pop, name)) for name in state}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged: {error}. Delete it and download it again") from error
-        except Exception as error:
-            reason = f"{path} has other things than tensors in it, and was not loaded ({type(error).__name__})"
-            raise InputError(reason) from error
-        for name, reader in readers.items():
-            name = name.removeprefix("transformer.")
-            require(name not in found, f"{path} has {name} a second time")
-            found[name] = reader
-    return found
-
-
-def map_weights(found, model):
-    """Published tensors -> {our name: float32 tensor}; raises InputError with the names that do not fit the model."""
+def map_weights(tensors, model):
+    """Published names and tensors -> {our name: float32 tensor}; raises InputError with the names that do not fit."""
     wanted = {}
     for name, p in model.named_parameters():
         shape = p.shape[::-1] if name.endswith(TRANSPOSED) else p.shape
         wanted[name.removeprefix("transformer.")] = tuple(shape)
-    mask = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # a buffer in old files
-    found = {name: reader for name, reader in found.items() if not mask.fullmatch(name)}
-    head = found.pop("lm_head.weight", None)
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is not GPT-2's" for name in found.keys() - wanted.keys()]
-    for name in wanted.keys() & found.keys():
-        has, takes = found[name][0], wanted[name]
-        if has != takes and not (name == "wpe.weight" and has[1:] == takes[1:] and has[0] >= takes[0]):
-            problems.append(f"{name} is {has}, not {takes}")
-    more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-    require(not problems, f"the weights do not fit config.json: {'; '.join(sorted(problems)[:8])}{more}")
+    head = None
     weights = {}
-    for name, (_, read) in tqdm(found.items(), desc="converting", unit=" tensors", delay=1, disable=None, leave=False):
-        tensor = read()
-        known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        require(known and tensor.isfinite().all(), f"{name} is {tensor.dtype}, or not finite")
-        if name == "wpe.weight":
-            tensor = tensor[: model.config.block_size]
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        weights[f"transformer.{name}"] = tensor.contiguous().float()
-    tied = head is None or torch.equal(head[1]().float(), weights["transformer.wte.weight"])
+    problems = []
+    for name, tensor in tensors:
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
+            continue
+        if name == "lm_head.weight":
+            head = tensor
+            continue
+        has, takes = tuple(tensor.shape), wanted.pop(name, None)
+        if takes is None:
+            problems.append(f"{name} is not GPT-2's")
+        elif has != takes:
+            problems.append(f"{name} is {has}, not {takes}")
+        else:
+            require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, not a floating-point type")
+            total = tensor.sum(dtype=torch.float64)  # isfinite() of the tensor itself would take memory
+            require(total.isfinite(), f"{name} holds numbers that are not finite")
+            tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+            weights[f"transformer.{name}"] = tensor.contiguous().float()
+    problems += [f"{name} is missing" for name in wanted]
+    require(not problems, f"the weights do not fit config.json: {'; '.join(sorted(problems)[:8])}")
+    tied = head is None or torch.equal(head.float(), weights["transformer.wte.weight"])
     require(tied, "lm_head.weight differs from wte.weight: its head is not tied, and ours is")
     return weights
 
 
 def convert(name, out, block_size=None, revision="main", overwrite=False):
     """A model's name or folder -> the checkpoint folder `out`. Raises InputError."""
-    fetch, folder = open_source(name, revision)
-    out = Path(out)
-    require(out.resolve() != folder.resolve(), f"{out} holds the published files themselves: choose another --out")
-    require(not out.exists() or out.is_dir(), f"{out} is a file: choose another --out")
-    described = read_json(fetch("config.json"))
-    config, end = read_config(described, block_size), described.get("eos_token_id")
-    tokenizer = read_tokenizer(fetch, end if isinstance(end, list) else [end])
+    local = Path(name).is_dir()
+    require(not local or revision == "main", f"--revision goes with a model on the hub, and {name} is a folder")
+    folder, out = Path(name) if local else download_model(name, revision), Path(out)
+    require(out.resolve() != folder.resolve(), f"{out} holds the published files: choose another --out")
+    described = read_json(find(folder, "config.json"))
+    config = read_config(described)
+    context = config.block_size if block_size is None else block_size
+    possible = 1 <= context <= config.block_size
+    require(possible, f"--block_size is {context}, expected 1 to the model's context, {config.block_size}")
+    end = described.get("eos_token_id")
+    tokenizer = read_tokenizer(folder, end if isinstance(end, list) else [end])
     room = tokenizer.vocab_size <= config.vocab_size
     require(room, f"{tokenizer.vocab_size:,} tokens are more than the model's vocab_size, {config.vocab_size:,}")
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
-    weights = map_weights(open_weights(find_weights(fetch)), model)
-    source = {"name": name, "revision": revision, "folder": str(folder.resolve())}
-    save_checkpoint(out, model, tokenizer, weights, overwrite, source=source)
+    weights = map_weights(read_tensors(find(folder, "model.safetensors", "pytorch_model.bin")), model)
+    config.block_size = context
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:context]
+    origin = {"name": name, "revision": revision, "folder": str(folder.resolve())}  # debug.verify_gpt2 compares with it
+    gpt.save_checkpoint(out, model, tokenizer, weights, overwrite, source=origin)
     for leftover in ("log.csv", "loss.png"):  # of the run that was overwritten
         (out / leftover).unlink(missing_ok=True)
 
@@ -480,26 +327,21 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
     args = parser.parse_args(argv)
     out = Path(args.out or Path("checkpoints", Path(args.name).resolve().name))
-    gpt.refuse_existing(out, args.overwrite)
-    with suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: freed tensors go back to the system at once
+    gpt.refuse_existing(out, args.overwrite)  # before anything is downloaded
     convert(args.name, out, args.block_size, args.revision, args.overwrite)
-    model, tokenizer = load_checkpoint(out)
+    model, tokenizer = gpt.load_checkpoint(out)
     config = model.config
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {size:,} parameters, context {config.block_size:,}, vocabulary {tokenizer.vocab_size:,}")
     ids = torch.tensor([[tokenizer.eot, *tokenizer.encode(PARAGRAPH)][: config.block_size + 1]])
     with torch.no_grad():
         loss = model(ids[:, :-1], ids[:, 1:])[1].item()
     guess = math.log(config.vocab_size)
-    size = sum(p.numel() for p in model.parameters())
-    tensors = f"{12 * config.n_layer + 4} tensors, {4 * config.n_layer} of them transposed"
-    shape = f"context {config.block_size:,}, vocabulary {tokenizer.vocab_size:,}"
-    print(f"{out}: {size:,} parameters in {tensors}; {shape}")
     print(f"loss on a paragraph of English: {loss:.2f} nats per token; guessing: ln {config.vocab_size} = {guess:.2f}")
     if loss > guess:
         log("that is no better than guessing: the weights are untrained, or not what config.json says")
-    clear = out == Path("checkpoints", out.name) and not Path(out.name).exists()
-    shown = out.name if clear else out
-    log(f'try: python sample.py --model {shown} --prompt "Learning is"\nproof: python -m debug.verify_gpt2 {shown}')
+    name = out.name if out.parent == Path("checkpoints") else out
+    log(f'try: python sample.py --model {name} --prompt "Learning is"\nproof: python -m debug.verify_gpt2 {name}')
 
 
 if __name__ == "__main__":
