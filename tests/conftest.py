@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -8,9 +9,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that wait for work do not take the processor from other programs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to other programs
 
 import pytest
 import torch
@@ -110,6 +109,15 @@ def script(name, *args, **options):
         options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}  # where python -m looks, from any folder
     command = [sys.executable, *start, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+def started(argv, main=gpt.main):
+    """A main in a process that starts at once, as it is forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "requests", "matplotlib.figure", "pytest"])
+    process = context.Process(target=main, args=(argv,))
+    process.start()
+    return process
 
 
 @contextmanager

@@ -1,36 +1,23 @@
 """Killed at any moment, a run goes on as if nothing had happened."""
 
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY, check_files, parameters_of
+from conftest import TINY, check_files, parameters_of, started
 
 import gpt
 
-FLAGS = [*TINY, "--data", "prose.txt", "--max_steps", "60", "--eval_interval", "3", "--dropout", "0.1"]
-
-
-def started(argv, main=gpt.main):
-    """gpt.py in a process that starts at once, as it is forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gpt", "matplotlib.figure"])
-    process = context.Process(target=main, args=(argv,))
-    process.start()
-    return process
-
-
-def finished(folder):
-    return (folder / gpt.STATE).exists() and gpt.load_run(folder)[0]["step"] == 60
+STEPS = 30
+FLAGS = [*TINY, "--data", "prose.txt", "--max_steps", str(STEPS), "--eval_interval", "3", "--dropout", "0.1"]
 
 
 def result_of(folder):
-    """All that a run ends with, except for the seconds it took and its own name."""
+    """Everything that a run ends with, except the seconds it took and its own name -> text, tensors."""
     run, tensors, best = gpt.load_run(folder)
     config = json.loads((folder / gpt.CONFIG).read_text())
     log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
@@ -42,46 +29,47 @@ def result_of(folder):
     return facts, tensors | {f"best {name}": p for name, p in parameters_of(folder).items()}
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+def assert_same_result(folder, whole):
+    assert not list(folder.glob(".*.part")), "a half-written file was left"
+    (ours, weights), (facts, tensors) = result_of(folder), result_of(whole)
+    assert ours == facts and weights.keys() == tensors.keys()
+    assert all(weight.equal(tensors[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(prose, kills):
-    whole = started([*FLAGS, "--out", "whole"])
-    whole.join(120)
-    assert whole.exitcode == 0
-    facts, tensors = result_of(Path("whole"))
-    seconds = gpt.load_run("whole")[0]["seconds"]
+    gpt.main([*FLAGS, "--out", "whole"])
+    seconds = gpt.load_run("whole")[0]["seconds"] + 2  # to start, too
     chance = random.Random(kills)
-    killed = number = 0
-    folder = Path("run0")
-    while killed < kills or not finished(folder):
-        if finished(folder):
-            number += 1
-            folder = Path(f"run{number}")
-        resume = ["--resume", "--out", str(folder)]
-        process = started(resume if (folder / gpt.STATE).exists() else [*FLAGS, "--out", str(folder), "--overwrite"])
-        process.join(chance.uniform(0, seconds / 2) if killed < kills else 120)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            killed += 1
-        else:
-            assert process.exitcode == 0
-        if folder.exists():
-            check_files(folder, interval=3)
-    for folder in Path().glob("run*"):
-        assert not list(folder.glob(".*.part")), "a half-written file was left"
-        ours, weights = result_of(folder)
-        assert ours == facts and weights.keys() == tensors.keys()
-        for name, tensor in weights.items():
-            assert torch.equal(tensor, tensors[name]), name
+    killed = 0
+    for number in itertools.count():
+        folder = Path(f"run{number}")
+        exitcode = None
+        while exitcode != 0:
+            resuming = (folder / gpt.STATE).exists()
+            flags = ["--resume"] if resuming else [*FLAGS, "--overwrite"]
+            process = started([*flags, "--out", str(folder)])
+            process.join(chance.uniform(0, seconds) if killed < kills else 120)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                killed += 1
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL)
+            if folder.exists():
+                check_files(folder, interval=3)
+        assert_same_result(folder, Path("whole"))
+        if killed == kills:
+            return
 
 
 def main_killed_at_last_save(argv):
-    """gpt.main, killed as soon as the file argv[0] of the save at step 12 has been written under its temporary name."""
+    """gpt.main, killed when the file argv[0] of the last save has been written, but not yet renamed."""
     name, *argv = argv
     replace = Path.replace
 
     def killed(part, path):
-        if path.name == name and (Path("here") / gpt.STATE).exists() and gpt.load_run("here")[0]["step"] >= 9:
+        if path.name == name and (Path("here") / gpt.STATE).exists() and gpt.load_run("here")[0]["step"] >= STEPS - 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(part, path)
 
@@ -89,15 +77,15 @@ def main_killed_at_last_save(argv):
     gpt.main(argv)
 
 
-@pytest.mark.parametrize("name", [gpt.MODEL, gpt.VOCABULARY, gpt.CONFIG, "log.csv", gpt.STATE, "loss.png"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (gpt.VOCABULARY, gpt.CONFIG, gpt.STATE, "loss.png")]
+
+
+@pytest.mark.parametrize("name", [gpt.MODEL, "log.csv", *SLOW])
 def test_a_run_killed_between_any_two_files_of_a_save_ends_as_an_undisturbed_one(prose, name):
-    flags = [*FLAGS, "--max_steps", "12"]
-    gpt.main([*flags, "--out", "whole"])
-    process = started([name, *flags, "--out", "here"], main_killed_at_last_save)
+    gpt.main([*FLAGS, "--out", "whole"])
+    process = started([name, *FLAGS, "--out", "here"], main_killed_at_last_save)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and Path(f"here/.{name}.part/{name}").exists()
     check_files(Path("here"), interval=3)
     gpt.main(["--resume", "--out", "here"])
-    assert not list(Path("here").glob(".*.part")), "a half-written file was left"
-    (ours, weights), (facts, tensors) = result_of(Path("here")), result_of(Path("whole"))
-    assert ours == facts and all(torch.equal(weights[name], tensors[name]) for name in tensors)
+    assert_same_result(Path("here"), Path("whole"))
