@@ -168,10 +168,9 @@ def merge(ids, pair, new):
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (Sennrich et al. 2016): texts -> {bytes of a token: its id}.
+    """Byte-pair encoding (Sennrich et al. 2016): from single bytes, keep merging the most frequent pair inside words.
 
-    Starts from the 256 bytes and keeps merging the most frequent pair, within words. Only the words that contain the
-    pair are counted anew.
+    texts -> {bytes of a token: its id}. A merge counts only the words anew that contain its pair.
     """
     counts = Counter(word for text in texts for word in regex.findall(SPLIT, text))
     words = [[list(word.encode()), count] for word, count in counts.items()]  # "low" -> [108, 111, 119]
@@ -388,6 +387,9 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
         size = sum(len(text) for text in texts)
         if size > 2e8:
             log(f"{size / 1e6:,.0f} MB of text: python -m extras.prepare is made for that much, and takes less memory")
+        spelled = sum(text.count(EOT) for text in texts)
+        if spelled:
+            log(f"{EOT} is plain text, {spelled:,} times: to end a text there, put each into a file of its own")
         train, val = split_texts(texts, val_bytes)
         require(train and val, f"{' '.join(names)} is too little text to split in two")
         if tokenizer == "bpe":  # merges are learned from at most 16 MB, spread evenly over the text
@@ -402,11 +404,7 @@ def load_data(names, tokenizer="bpe", vocab_size=1024, val_bytes=2**20):
 
 
 class TokenDataset:
-    """Windows of block_size tokens, `stride` apart; targets are the inputs shifted by one.
-
-    With stride = block_size, every token but the first is a target exactly once. Where the last window lacks tokens,
-    its targets are -1, which the loss ignores.
-    """
+    """Windows of block_size tokens, `stride` apart; targets are the inputs shifted by one, -1 (ignored) at the end."""
 
     def __init__(self, tokens, block_size, stride=None):
         self.tokens, self.block_size, self.stride = tokens, block_size, stride or block_size
@@ -442,10 +440,7 @@ def windows_of_step(n, step, config):
 
 # ---- The model, with the names of the published GPT-2 ----
 class Dropout(nn.Module):
-    """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014).
-
-    On a CPU, F.dropout draws a random float for each of them, on one thread. Sixteen random bits are faster.
-    """
+    """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014)."""
 
     def __init__(self, p):
         super().__init__()
@@ -456,8 +451,8 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        p = round(self.p * 2**16) / 2**16
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)  # four times sixteen each
+        p = round(self.p * 2**16) / 2**16  # sixteen random bits each: F.dropout draws floats, slowly, on one thread
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # -32768 to 32767, all equally likely
         keep = numbers >= p * 2**16 - 2**15
         return x * (keep.to(x.dtype) / (1 - p))
@@ -595,10 +590,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> logits (B, T, V) and the loss in nats per token, None without targets.
-
-        The loss is the cross-entropy, the mean of -log softmax(logits)[target]; targets (B, T) of -1 are ignored.
-        """
+        """idx (B, T) -> logits (B, T, V) and, given targets (B, T), the mean cross-entropy in nats; -1 is ignored."""
         logits = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits, None
@@ -649,10 +641,9 @@ def check_sampling(temperature, top_k, top_p):
 
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Logits (B, V) -> the probabilities (B, V) to sample from.
+    """Logits (B, V) -> the probabilities (B, V) to sample from. A temperature below 1 favours likely tokens.
 
-    temperature divides the logits: below 1 likely tokens gain. top_k keeps the k most probable tokens; top_p, of these,
-    the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2020).
+    top_k keeps the k most probable ones; top_p, of these, the fewest that add up to p (nucleus, Holtzman et al. 2020).
     """
     logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # at most 0, so that dividing can't overflow
     if top_k is not None:
@@ -782,10 +773,7 @@ def save_tensors(path, tensors, metadata):
 
 
 def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, keep_state=False, **metadata):
-    """Write model.safetensors, tokenizer.tiktoken and config.json, with the metadata (step=..., ...).
-
-    weights, {name: tensor}, replace the model's own. Raises InputError if there is a checkpoint already.
-    """
+    """Write a checkpoint with its metadata (step=...); `weights`, {name: tensor}, replace the model's own."""
     refuse_existing(folder, overwrite)
     folder = Path(folder)
     with replacing(folder / MODEL, parents=not keep_state) as part:  # a folder that has vanished since is an error
@@ -887,10 +875,9 @@ def plot(rows, path):
 # ---- Training: predict the next token, measure the loss, follow the gradient downhill ----
 @torch.no_grad()
 def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals=()):
-    """A whole TokenDataset -> loss (nats per token), perplexity, bits_per_byte, accuracy, and tokens, the denominator.
+    """A whole TokenDataset -> loss (nats per token), perplexity, bits_per_byte, accuracy, and the number of tokens.
 
-    Every target weighs the same, however they are batched; bits per byte divides by the bytes of the targets. Returns
-    None if a signal has been noted meanwhile. Leaves the model in eval mode.
+    Every target weighs the same. Returns None if a signal is noted meanwhile. Leaves the model in eval mode.
     """
     device = next(model.parameters()).device
     n_bytes = torch.tensor([len(token) for token in tokenizer.token_bytes])  # (V,)
@@ -1016,10 +1003,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                 rows.append(row)
                 run["losses"] = []
                 spent = tqdm.format_interval(run["seconds"])
-                left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / max(1, step))
-                losses = f"training loss {train_loss:.4f}, validation loss {figures['loss']:.4f}"
+                left = tqdm.format_interval((config.max_steps - step) * run["seconds"] / step) if step else "?"
+                learned = f"training loss {train_loss:.4f}, " if step else ""
                 log(f"step {step:,} of {config.max_steps:,}, {spent} so far, {left} left")
-                log(f"    {losses}, {figures['bits_per_byte']:.4f} bits per byte; a sample:")
+                log(f"    {learned}validation loss {figures['loss']:.4f}, {row['val_bits_per_byte']:.4f} bits per byte")
                 generator = torch.Generator(device).manual_seed(config.seed + step)
                 idx = torch.full((1, 1), tokenizer.eot, device=device)
                 idx = model.generate(idx, 48, temperature=0.8, top_p=0.9, eot=tokenizer.eot, generator=generator)
