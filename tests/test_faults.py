@@ -1,9 +1,11 @@
-"""When a run is stopped, or the disk is full, nothing is lost, and one line says why."""
+"""When a run is stopped or killed, or the disk is full, nothing is lost, and one line says why."""
 
 import errno
 import itertools
+import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -52,15 +54,40 @@ def failed(capsys, main, argv):
     return errors[0]
 
 
-def assert_same_weights(one, other):
-    others = parameters_of(other)
-    assert all(weight.equal(others[name]) for name, weight in parameters_of(one).items())
+def result_of(folder):
+    """Everything that a run ends with, except the seconds it took -> log, tensors."""
+    run, tensors, best = gpt.load_run(folder)
+    rows = [row | {"seconds": 0} for row in run["rows"]]
+    facts = json.dumps([run["step"], run["tokens"], rows, best["validation"]])  # text, as NaN differs from itself
+    return facts, tensors | {f"best {name}": weight for name, weight in parameters_of(folder).items()}
 
 
-def assert_resumes_as_if_never_stopped(folder):
-    gpt.main(["--resume", "--out", folder])
-    gpt.main([*FLAGS, "--out", "whole"])
-    assert_same_weights(folder, "whole")
+def assert_resumes_as_if_never_stopped(folder, flags=FLAGS):
+    begun = Path(folder, gpt.STATE).exists()
+    gpt.main([*(["--resume"] if begun else [*flags, "--overwrite"]), "--out", str(folder)])
+    if not Path("whole").exists():
+        gpt.main([*flags, "--out", "whole"])
+    (facts, tensors), (expected, whole) = result_of(folder), result_of("whole")
+    assert facts == expected and tensors.keys() == whole.keys() and not list(Path(folder).glob(".*.part"))
+    assert all(tensor.equal(whole[name]) for name, tensor in tensors.items())
+
+
+# ---- Killed ----
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(prose, draw_nothing, kills):
+    flags = [*FLAGS, "--max_steps", "40"]
+    gpt.main([*flags, "--out", "whole"])
+    chance = random.Random(kills)
+    for i in range(kills):
+        folder = Path(f"run{i}")
+        process = started([*flags, "--out", str(folder)])
+        while not folder.exists():
+            time.sleep(0.01)
+        process.join(chance.uniform(0, gpt.load_run("whole")[0]["seconds"]))
+        process.kill()
+        process.join()
+        check_files(folder)
+        assert_resumes_as_if_never_stopped(folder, flags)
 
 
 # ---- Stopped ----

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROSE, TINY, published, run_main
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert_gpt2
@@ -17,7 +17,6 @@ import evaluate
 import finetune
 import gpt
 import sample
-from debug import curve
 from extras import lora
 from gpt import InputError, Tokenizer
 
@@ -46,10 +45,6 @@ def use_model(folder):
     tokenizer.decode(model.generate(idx, 2)[0].clamp(max=tokenizer.vocab_size - 1).tolist())
 
 
-def use_log(folder):
-    curve.read_curve(curve.read_log(folder / "log.csv"))
-
-
 def use_adapter(folder):
     lora.load_adapter(gpt.load_checkpoint("model")[0], folder)
 
@@ -60,52 +55,40 @@ def use_published(folder):
 
 
 USES = {
-    "model/config.json": use_model,
-    "model/model.safetensors": use_model,
-    "model/tokenizer.tiktoken": use_model,
-    "model/log.csv": use_log,
-    "adapter/adapter_config.json": use_adapter,
-    "adapter/adapter_model.safetensors": use_adapter,
-    "hf/config.json": use_published,
-    "hf/vocab.json": use_published,
-    "hf/merges.txt": use_published,
-    "hf/model.safetensors": use_published,
+    use_model: ["model/config.json", "model/model.safetensors", "model/tokenizer.tiktoken"],
+    use_adapter: ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+    use_published: ["hf/config.json", "hf/vocab.json", "hf/merges.txt", "hf/model.safetensors"],
 }
 
 
 def spoil(data, chance):
     """Bytes -> other bytes, in one of the ways in which files go wrong."""
-    data = bytearray(data)
     at = chance.randrange(len(data))
-    way = chance.choice(["cut", "flip", "noise", "insert", "digit", "zeros", "twice"])
-    if way == "cut":
-        del data[at:]
-    elif way == "flip":
-        data[at] ^= 1 << chance.randrange(8)
-    elif way == "noise":
-        data[at : at + 50] = chance.randbytes(50)
-    elif way == "insert":
-        data[at:at] = chance.randbytes(chance.randrange(1, 20))
-    elif way == "digit":  # another number in JSON, in a header, in a table
-        digits = [i for i, byte in enumerate(data[:5000]) if 48 <= byte <= 57] or [at]
-        data[chance.choice(digits)] = chance.choice(b"0123456789-.e")
-    elif way == "zeros":
-        data[at : at + 200] = bytes(len(data[at : at + 200]))
-    else:
-        data += data[at:]
-    return bytes(data)
+    digits = [i for i, byte in enumerate(data[:5000]) if 48 <= byte <= 57] or [at]
+    digit = chance.choice(digits)
+    return chance.choice(
+        [
+            data[:at],
+            data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :],  # one bit
+            data[:at] + chance.randbytes(50) + data[at + 50 :],
+            data[:at] + chance.randbytes(10) + data[at:],
+            data[:digit] + chance.choice([b"7", b"-", b"."]) + data[digit + 1 :],  # another number
+            data[:at] + bytes(200) + data[at + 200 :],
+            data + data[at:],
+        ]
+    )
 
 
 @pytest.mark.parametrize("times", [20, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", USES)
-def test_a_spoiled_file_is_refused_or_harmless(copies, capsys, name, times):
+@pytest.mark.parametrize(("use", "name"), [(use, name) for use, names in USES.items() for name in names])
+def test_a_spoiled_file_is_refused_or_harmless(copies, capsys, use, name, times):
     """No exception except InputError."""
     path = Path(name)
     whole, chance, refused = path.read_bytes(), random.Random(name), 0
     for _ in range(times):
         path.write_bytes(spoil(whole, chance))
         try:
-            USES[name](path.parent)
+            use(path.parent)
         except InputError as error:
             refused += 1
             assert 0 < len(str(error)) < 1000
@@ -158,31 +141,10 @@ def test_any_text_round_trips_in_every_vocabulary(vocabularies, text):
         assert "".join(sample.decode_stream(tokenizer, ids)) == text
 
 
-def test_every_character_round_trips(vocabularies):
-    text = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
-    for tokenizer in vocabularies[:2]:
-        for start in range(0, len(text), 0x4000):
-            part = text[start : start + 0x4000]
-            assert tokenizer.decode(tokenizer.encode(part)) == part
-
-
 def test_a_million_characters_without_a_space_are_tokens_and_text_again(vocabularies):
     """tiktoken alone gives up at a million spaces."""
     text = "begin" + "é" * 10**6 + "end"
     assert vocabularies[1].decode(vocabularies[1].encode(text)) == text
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=ANY_TEXT | AWKWARD)
-def test_any_text_is_split_in_two_and_comes_back_or_is_refused(own_folder, text):
-    Path("any.txt").write_bytes(text.encode())
-    try:
-        tokenizer, train, val = gpt.load_data(["any.txt"], "bytes")
-    except InputError:
-        assert "\0" in text or len(text.encode("utf-8-sig")) < 20
-        return
-    assert train[0] == val[0] == tokenizer.eot
-    assert tokenizer.decode([*train, *val]) == text.encode().decode("utf-8-sig").replace("\r\n", "\n")
 
 
 FLOATS = st.floats(-10, 10, width=32) | st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -1,7 +1,6 @@
 """extras/prepare.py makes of a corpus larger than memory what gpt.py makes of a text, or nothing at all."""
 
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import PROSE, ROOT, TINY, parameters_of
+from conftest import PROSE, ROOT, run_main, script
 
 import gpt
 from extras.prepare import main, prepare
@@ -57,15 +56,6 @@ def test_the_tokens_are_those_of_gpt_py_however_the_files_are_cut_into_pieces(ow
     assert {path.name for path in Path().iterdir() if "out" in path.name} == {"out"}
 
 
-def test_gpt_py_trains_from_the_folder_exactly_as_from_the_text(prose):
-    main(["prose.txt", "--out", "data", "--vocab_size", "300"])
-    flags = [*TINY, "--tokenizer", "bpe", "--vocab_size", "300"]
-    gpt.main([*flags, "--data", "prose.txt", "--out", "of_text"])
-    gpt.main([*flags, "--data", "data", "--out", "of_folder"])
-    again = parameters_of("of_folder")
-    assert all(weight.equal(again[name]) for name, weight in parameters_of("of_text").items())
-
-
 def test_a_line_without_a_space_is_cut_and_loses_nothing(own_folder):
     line = "".join(random.Random(0).choices("abcé日\r", k=20_000))
     Path("line.txt").write_bytes(line.encode())
@@ -77,10 +67,9 @@ def test_a_line_without_a_space_is_cut_and_loses_nothing(own_folder):
 @pytest.mark.parametrize("content", [b"a\0" * 50, b"a\xff" * 50, b"a" * 100 + b"\xe6\x97", b" " * 200_000, b"short"])
 def test_what_is_not_text_is_one_error_line_and_nothing_is_written(own_folder, capsys, content):
     Path("bad.txt").write_bytes(content)
-    with pytest.raises(SystemExit) as end:
-        main(["bad.txt", "--out", "out"])
+    run_main(main, "bad.txt", "--out", "out", expect=2)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: bad.txt ") and error.count("\n") == 1
+    assert error.startswith("error: bad.txt ") and error.count("\n") == 1
     assert [path.name for path in Path().iterdir()] == ["bad.txt"]
 
 
@@ -96,25 +85,22 @@ def test_a_folder_is_replaced_only_if_asked_and_only_if_prepare_wrote_it(prose):
     assert gpt.load_data(["out"])[0].vocab_size == 300
 
 
-def start(*flags):
-    return subprocess.Popen(
-        [sys.executable, "-m", "extras.prepare", *map(str, flags)], cwd=ROOT, stderr=subprocess.PIPE
-    )
-
-
-def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(prose, own_folder):
+def test_interrupted_it_leaves_nothing_and_keeps_what_was_there(prose, monkeypatch):
     prepare(["prose.txt"], "made/out", vocab_size=257)
-    Path("big.txt").write_text(PROSE * 5000)
-    with start(
-        own_folder / "big.txt", "--out", own_folder / "made/out", "--tokenizer", "bytes", "--overwrite"
-    ) as process:
-        while not Path("made/.out.part/train.bin").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert b"Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130
+
+    def interrupted(folder, *_):
+        (folder / "train.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("extras.prepare.write_tokens", interrupted)
+    run_main(main, "prose.txt", "--out", "made/out", "--overwrite", expect=130)
     assert [path.name for path in Path("made").iterdir()] == ["out"]
     assert gpt.load_data(["made/out"])[0].vocab_size == 257
+
+
+def test_it_runs_as_a_module(prose, own_folder):
+    done = script("extras.prepare", "prose.txt", "--out", "out")
+    assert done.returncode == 0 and done.stdout.endswith("for validation\n") and Path("out/train.bin").exists()
 
 
 @pytest.mark.slow
@@ -123,7 +109,8 @@ def test_memory_stays_flat_however_large_the_corpus_is(own_folder):
     for megabytes in (20, 120):
         Path("big.txt").write_text(PROSE * (megabytes * 10**6 // len(PROSE)))
         peak = 0
-        with start(own_folder / "big.txt", "--out", own_folder / f"out{megabytes}", "--vocab_size", 300) as process:
+        command = [sys.executable, "-m", "extras.prepare", own_folder / "big.txt", "--out", own_folder / "out"]
+        with subprocess.Popen([*command, "--overwrite"], cwd=ROOT) as process:
             while process.poll() is None:
                 peak = max(peak, psutil.Process(process.pid).memory_info().rss)
                 time.sleep(0.02)
