@@ -1,20 +1,21 @@
 """How good is it? Loss, perplexity, bits per byte and accuracy of any checkpoints on any text.
 
-    python evaluate.py --model scratch                                    on the text held out from its training
-    python evaluate.py --model gpt2 gpt2-finetuned --data held_out.txt    several models on one text
+    python evaluate.py --model scratch                                    # on the text held out from its training
+    python evaluate.py --model gpt2 gpt2-finetuned --data held_out.txt    # several models on one text
 
 Results go to stdout, remarks to stderr.
 """
 
-import json
 import time
 from pathlib import Path
 
 import torch
 
 import gpt
-from gpt import TokenDataset, command, find_checkpoint, log, require
-from sample import open_model
+from extras import int8
+from extras.checkpoints import training_text
+from extras.tables import show
+from gpt import TokenDataset, find_checkpoint, load_checkpoint, log, require
 
 
 class StridedDataset(TokenDataset):
@@ -27,7 +28,7 @@ class StridedDataset(TokenDataset):
 
 
 def tokens_of(names, tokenizer, split, val_bytes):
-    """Names of texts -> all their tokens, or those of the validation split, as training cuts it."""
+    """Names of texts -> the ids of all of them, or of the validation split that training would cut off."""
     if split == "val":
         return gpt.load_data(names, tokenizer, val_bytes=val_bytes)[2]
     texts = gpt.load_texts(names)
@@ -36,68 +37,43 @@ def tokens_of(names, tokenizer, split, val_bytes):
     return tokens
 
 
-def text_of(folder, args):
-    """--data, or the text of the model's training -> names (None without either), split, and its val_bytes."""
-    training = json.loads(gpt.read_text(folder / gpt.CONFIG)).get("training", {})
-    own = [name for name in training.get("data", []) if not name.endswith((".jsonl", ".ndjson"))]
+def choose_text(name, args):
+    """--data, or the text of the model's training -> names, split, val_bytes."""
+    own, val_bytes = training_text(name)
     names = args.data or own
+    require(names, f"{name} has no training text: choose a text with --data")
     split = args.split or ("all" if args.data else "val")
-    asked = {Path(name).resolve() for name in names}
-    learned = {Path(name).resolve() for name in own}
+    asked = {Path(text).resolve() for text in names}
+    learned = {Path(text).resolve() for text in own}
     if split == "all" and asked & learned:
-        advice = "the figure says little about new text"
-        if asked == learned:
-            advice = "--split val scores the part that was held out"
-        seen = [name for name in names if Path(name).resolve() in learned]
-        log(f"{folder} was trained on most of {' '.join(seen)}: {advice}")
-    val_bytes = args.val_bytes or (training.get("val_bytes") if asked == learned else None) or 2**20
-    return names or None, split, val_bytes
+        log(f"{name} was trained on this text: use new text, or --split val for the part that was held out")
+    return names, split, args.val_bytes or (val_bytes if asked == learned else 2**20)
 
 
 def score(name, args):
     """A checkpoint on a text -> a row of figures."""
     device = gpt.resolve_device(args.device)
-    int8 = args.dtype == "int8"
-    model, tokenizer = open_model(name, device, "int8" if int8 else "float32")
-    names, split, val_bytes = text_of(find_checkpoint(name), args)
-    require(names, f"{name} has no text of its own: choose one with --data")
+    model, tokenizer = load_checkpoint(name)
+    names, split, val_bytes = choose_text(name, args)
     limit = model.config.block_size
     context = limit if args.context is None else args.context
     require(1 <= context <= limit, f"--context {context} does not fit {name}: 1 to {limit}")
     stride = context if args.stride is None else args.stride
     require(1 <= stride <= context, f"--stride {stride} would skip tokens: 1 to the context of {context}")
+    row = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    dtype = torch.float32
+    if args.dtype == "int8":
+        model = int8.quantize(model)
+    else:
+        dtype = gpt.resolve_dtype(args.dtype, device)
     data = StridedDataset(tokens_of(names, tokenizer, split, val_bytes), context, stride)
     started = time.perf_counter()
-    dtype = torch.float32 if int8 else gpt.resolve_dtype(args.dtype, device)
-    figures = gpt.evaluate(model, data, tokenizer, args.batch_size or max(1, 4096 // context), dtype)
-    speed = figures["tokens"] / (time.perf_counter() - started)
-    with torch.device("meta"):  # int8 weights are not parameters
-        parameters = sum(p.numel() for p in gpt.GPT(model.config).parameters())
-    row = {"model": name, "parameters": parameters, "data": names}
-    return row | {"split": split, "context": context, "stride": stride, **figures, "tokens_per_second": speed}
+    row |= gpt.evaluate(model.to(device), data, tokenizer, args.batch_size or max(1, 4096 // context), dtype)
+    row |= {"tokens_per_second": row["tokens"] / (time.perf_counter() - started)}
+    return row | {"context": context, "stride": stride, "split": split, "data": names}
 
 
-def show_scores(rows):
-    print(
-        f"{'model':<24} {'parameters':>13} {'tokens':>10} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} "
-        f"{'accuracy':>8} {'tokens/s':>8}"
-    )
-    for row in rows:
-        print(
-            f"{row['model']:<24} {row['parameters']:>13,} {row['tokens']:>10,} {row['loss']:>8.4f} "
-            f"{row['perplexity']:>10.2f} {row['bits_per_byte']:>9.4f} {row['accuracy']:>8.2%} "
-            f"{row['tokens_per_second']:>8,.0f}"
-        )
-    for row in rows:
-        text = f"{' '.join(row['data'])}{', its validation split' if row['split'] == 'val' else ''}"
-        print(f"{row['model']}: {text}; windows of {row['context']:,} tokens, {row['stride']:,} apart")
-    print(
-        "loss: nats per token, over all tokens but the first. "
-        "Between different vocabularies, only bits per byte compare."
-    )
-
-
-@command
+@gpt.command
 def main(argv=None):
     parser = gpt.Parser(prog="evaluate.py", description="How good is it? Any checkpoints on any text.")
     add = parser.add_argument
@@ -118,12 +94,8 @@ def main(argv=None):
         require(value is None or 1 <= value <= 2**31, f"--{name} is {value}, expected 1 to 2**31")
     for name in args.model:
         find_checkpoint(name)  # before the work
-    rows = []
-    for name in args.model:
-        rows.append(score(name, args))
-        if args.json:
-            print(json.dumps(rows[-1]), flush=True)
-    return None if args.json else show_scores(rows)
+    show((score(name, args) for name in args.model), args.json)
+    log("loss: nats per token, of all tokens but the first; only bits per byte compare different vocabularies")
 
 
 if __name__ == "__main__":

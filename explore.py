@@ -1,13 +1,13 @@
-"""What a model sees and expects while it reads a text, token by token and block by block.
+"""Look inside your own model: what it sees and expects, token by token and block by block, on one page.
 
-    python explore.py --prompt "The import statement"                 attention of every head -> attention.png
-    python explore.py --model gpt2 --prompt "Learning is" --text      probabilities, attention and logit lens, in words
-    python explore.py --prompt "The import statement" --json          the same as one JSON object
+    python explore.py --prompt "The import statement"               # -> explore.html, to open in a browser
+    python explore.py --model gpt2 --prompt "Learning is" --text    # the same as tables in the terminal
 
-The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads the residual stream after each block with
-the head, as if that block were the last.
+The page needs no server and no network. The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens") reads
+the residual stream after each block with the head, as if that block were the last.
 """
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -16,152 +16,133 @@ import numpy as np
 import torch
 
 import gpt
-from debug.activations import entropy, hooked
-from gpt import command, load_checkpoint, log, require
+from debug.activations import inspect
+from extras import tables
+from gpt import command, log, require
+from sample import open_model
+
+TEMPLATE = Path(__file__).with_name("explore_template.html")
+MARK = '<meta name="generator" content="explore.py">'
+CARRIED = 8192  # up to this vocabulary the page carries all logits, above it those of the 1,000 best tokens
+BUDGET = 1_350_000  # bytes for attention, and as many for logits, before base64: the page stays below 5 MB
+TEMPERATURES = [n / 10 for n in range(21)]  # the stops of the page's slider
+
+
+def content(tokenizer, i):
+    return tokenizer.token_bytes[i] if i < tokenizer.vocab_size else b""
 
 
 def spell(tokenizer, i):
-    return tokenizer.decode([i]) if i < tokenizer.vocab_size else f"[{i}]"
+    """The text of an id; its bytes where they form no character, its number where it has none."""
+    text = content(tokenizer, i).decode(errors="replace")
+    return f"<{content(tokenizer, i).hex(' ')}>" if "\ufffd" in text else text or f"<{i}>"
 
 
-@torch.no_grad()
-def inspect(model, tokenizer, prompt, top=5):
-    """What the model makes of a prompt, token by token and block by block -> a dict of figures, and attention (L, H, T, T)."""
-    ids, context = tokenizer.encode(prompt), model.config.block_size
-    require(ids, "--prompt needs a text of at least one token")
-    if len(ids) > context:
-        log(f"the text has {len(ids):,} tokens, only the last {context:,} fit into the context")
-    ids = ids[-context:]
-    idx, blocks = torch.tensor([ids], device=next(model.parameters()).device), model.transformer.h
-    names = {"embedding": model.transformer.drop} | {f"block {i}": block for i, block in enumerate(blocks)}
-    parts = {(part, i): module for i, block in enumerate(blocks) for part, module in
-             (("qkv", block.attn.c_attn), ("attention", block.attn), ("mlp", block.mlp))}  # fmt: skip
-    with hooked({key: (module, "out") for key, module in (names | parts).items()}) as seen:
-        logs = model(idx)[0][0].float().log_softmax(-1)  # (T, V)
-
-    def candidates(logs):
-        best = logs.topk(min(top, len(logs)))
-        return [
-            {"token": spell(tokenizer, i), "p": math.exp(p)}
-            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-
-    tokens = []
-    for at, i in enumerate([*ids, None]):
-        row = {"position": at, "token": None if i is None else spell(tokenizer, i)}
-        if at:
-            row |= {"entropy": entropy(logs[at - 1]).item(), "expected": candidates(logs[at - 1])}
-        if at and i is not None:
-            row |= {"log_probability": logs[at - 1, i].item(), "rank": 1 + int((logs[at - 1] > logs[at - 1, i]).sum())}
-        tokens.append(row)
-    stream, attention = [], []
-    for name in names:
-        x = seen[name][0][0]  # (T, C)
-        row = {"after": name, "norm": x.norm(dim=-1).mean().item()}
-        if name != "embedding":
-            i = int(name.split()[1])
-            row |= {f"{part}_norm": seen[part, i][0][0].norm(dim=-1).mean().item() for part in ("attention", "mlp")}
-            attention.append(weights_of(seen["qkv", i][0][0], blocks[i].attn.n_head))
-        stream.append(row | {"says": candidates(model.lm_head(model.transformer.ln_f(x[-1])).float().log_softmax(-1))})
-    return {"tokens": tokens, "stream": stream}, torch.stack(attention).cpu()
+def pack(x, dtype):
+    """A tensor -> its type, shape and bytes in base64, as the page unpacks them."""
+    array = np.ascontiguousarray(x.cpu().numpy().astype(dtype))
+    return {"type": dtype, "shape": array.shape, "data": base64.b64encode(array.tobytes()).decode()}
 
 
-def weights_of(qkv, n_head):
-    """Queries, keys and values of a text (T, 3C) -> how much each token looks at each (H, T, T)."""
-    T = len(qkv)
-    q, k, _ = qkv.float().view(T, 3, n_head, -1).permute(1, 2, 0, 3)  # each (H, T, D)
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -math.inf).softmax(-1)
+def page_data(name, model, tokenizer, ids, n_prompt, seen):
+    """All that the page shows, as a dict for JSON; large tensors are packed, and cut to the budget."""
+    T, V = seen["logits"].shape
+    n_attention = min(T, math.isqrt(BUDGET // (model.config.n_layer * model.config.n_head)))  # n² / 2 weights a head
+    n_logits = min(T, BUDGET // (2 * V if V <= CARRIED else 6000))
+    left_out = [f"attention of tokens after the first {n_attention}"] if n_attention < T else []
+    left_out += [f"predictions after the first {n_logits} tokens"] if n_logits < T else []
+    logits = seen["logits"][:n_logits]
+    best = logits.topk(min(1000, V))
+    carried = logits if V <= CARRIED else best.values
+    ranges = torch.stack(carried.aminmax(dim=-1), dim=-1)  # (T, 2): logits are sixteen bits between these
+    levels = (carried - ranges[:, :1]) / (ranges[:, 1:] - ranges[:, :1]).clamp(min=1e-12) * 65535
+    rows, columns = np.tril_indices(n_attention)
+    log_probs = seen["logits"].log_softmax(-1)
+    came = log_probs[range(T - 1), ids[1:]]
+    rank = (log_probs[:-1] > came[:, None]).sum(-1) + 1
+    data = {"model": {"name": name, "parameters": sum(p.numel() for p in model.parameters()), **vars(model.config)}}
+    data["tokens"] = [{"id": i, "text": spell(tokenizer, i), "bytes": content(tokenizer, i).hex(" ")} for i in ids]
+    data |= {"n_prompt": n_prompt, "log_prob": [None, *came.tolist()], "rank": [None, *rank.tolist()]}
+    data |= {"left_out": left_out, "n_attention": n_attention, "temperatures": TEMPERATURES}
+    data |= {"logits": pack(levels.round(), "uint16"), "ranges": pack(ranges, "float32")}
+    data |= {"lens_ids": pack(seen["lens_ids"], "uint32"), "lens_probs": pack(seen["lens_probs"], "float32")}
+    data["attention"] = pack((seen["attention"][:, :, rows, columns] * 65535).round(), "uint16")
+    data |= {key: seen[key].tolist() for key in ("stream_norm", "attention_norm", "mlp_norm")}
+    used = range(V)
+    if V > CARRIED:
+        used = sorted({*best.indices.flatten().tolist(), *seen["lens_ids"].flatten().tolist()})
+        data["ids"] = pack(best.indices, "uint32")
+        rest = logits.sort(descending=True).values[:, 1000:].double() - best.values[:, :1].double()
+        data["rest"] = []  # for each temperature and position, over the other tokens: sums of exp(z) and of z exp(z)
+        for temperature in TEMPERATURES[1:]:
+            z = rest / temperature
+            data["rest"].append([z.exp().sum(-1).tolist(), (z * z.exp()).sum(-1).tolist()])
+    return data | {"vocabulary": {i: spell(tokenizer, i) for i in used}}
 
 
-SHADES = " ░▒▓█"
-
-
-def show_inspection(found, attention):
-    tokens = [row["token"] for row in found["tokens"][:-1]]
-    print(
-        f"Where the last token looks, a line for each head, a sign for each of the last {min(64, len(tokens))} tokens, {SHADES!r}:"
-    )
-    for block, heads in enumerate(attention):
-        for head, weights in enumerate(heads[:, -1]):
-            bar = "".join(SHADES[min(4, round(4 * w / weights.max().item()))] for w in weights[-64:].tolist())
-            print(
-                f"  block {block:>2} head {head:>2} |{bar}| most at {tokens[weights.argmax()]!r} ({weights.max():.2f})"
-            )
-    print(
-        "\nThe residual stream: mean norms, and what the head would say of the last token after each block (logit lens):"
-    )
-    print(f"  {'after':<10} {'norm':>7} {'attention adds':>14} {'the MLP adds':>12}  what comes next")
-    for row in found["stream"]:
-        added = [f"{row[key]:.2f}" if key in row else "" for key in ("attention_norm", "mlp_norm")]
-        print(f"  {row['after']:<10} {row['norm']:>7.2f} {added[0]:>14} {added[1]:>12}  {listed(row['says'][:3])}")
-    print("\nToken by token: probability and rank of what came, entropy before it (nats), and what the model expected:")
-    for row in found["tokens"]:
-        if row["token"] is None:
-            came = f"{'what comes next':<34}"
-        else:
-            known = f"{math.exp(row['log_probability']):>7.2%} {row['rank']:>6,}" if "rank" in row else f"{'':>14}"
-            came = f"{row['token']!r:<19} {known}"
-        print(
-            f"  {row['position']:>4} {came} "
-            + (f"{row['entropy']:>6.2f}  {listed(row['expected'])}" if row["position"] else "")
-        )
-
-
-def listed(candidates):
-    return "  ".join(f"{one['token']!r} {one['p']:.2f}" for one in candidates)
-
-
-def plot_attention(attention, tokens, path):
-    """A picture for each head of each block: rows look at columns."""
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    layers, heads, T, _ = attention.shape
-    side = min(2.0, 60 / max(layers, heads))
-    figure = Figure(figsize=(side * heads + 1.2, side * layers + 1.2), layout="constrained")
-    for (layer, head), axes in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
-        axes.imshow(attention[layer, head].numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # small weights show, too
-        axes.set(xticks=[], yticks=[])
-        if layer == 0:
-            axes.set_title(f"head {head}", fontsize=8)
-        if head == 0:
-            axes.set_ylabel(f"block {layer}", fontsize=8)
-        if T <= 24 and head == 0:
-            axes.set_yticks(
-                range(T),
-                [repr(token)[1:-1] for token in tokens],
-                fontsize=max(2, min(6, 70 * side / T)),
-                parse_math=False,
-            )
-    figure.suptitle("attention: each row a token, each column a token it looks at", fontsize=9)
-    with gpt.replacing(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+def show_text(tokenizer, ids, seen):
+    """The same in the terminal: three tables."""
+    names, probs, rows = [repr(spell(tokenizer, i)) for i in ids], seen["logits"].softmax(-1), []
+    for t, name in enumerate(names):
+        expected = "  ".join(f"{spell(tokenizer, i)!r} {probs[t, i]:.2f}" for i in probs[t].topk(3).indices.tolist())
+        p = probs[t - 1, ids[t]].item() if t else math.nan
+        rows.append({"position": t, "token": name, "probability": p, "expected next": expected})
+    tables.show(rows)
+    print("\nWhere the last token looks most:")
+    weights, tokens = seen["attention"][:, :, -1].max(dim=-1)  # (L, H) each
+    rows = []
+    for (block, head), weight in np.ndenumerate(weights.numpy()):
+        rows.append({"block": block, "head": head, "token": names[tokens[block, head]], "weight": float(weight)})
+    tables.show(rows)
+    print("\nThe residual stream of the last token, and what the head would say after each block (logit lens):")
+    rows = []
+    for i, norms in enumerate(seen["stream_norm"]):
+        added = {part: seen[f"{part}_norm"][i - 1, -1].item() if i else 0.0 for part in ("attention", "mlp")}
+        best, p = spell(tokenizer, seen["lens_ids"][i, -1, 0].item()), seen["lens_probs"][i, -1, 0].item()
+        after = {"after": f"block {i - 1}" if i else "embedding", "norm": norms[-1].item()}
+        rows.append(after | added | {"says": repr(best), "probability": p})
+    tables.show(rows)
 
 
 @command
 def main(argv=None):
-    parser = gpt.Parser(prog="explore.py", description="What a model sees and expects while it reads a text.")
+    parser = gpt.Parser(prog="explore.py", description="Look inside a model: one HTML page, or tables.")
     add = parser.add_argument
     add("--model", default="scratch", help="a folder, or a name under checkpoints/ (default: scratch)")
-    add("--prompt", required=True, help="the text to read")
-    add("--out", default="attention.png", help="the picture of every head's attention (default: attention.png)")
+    add("--adapter", help="a folder with a LoRA adapter for the model")
+    add("--prompt", required=True, help="the text to read and continue")
+    add("--max_new_tokens", type=int, default=30, help="tokens that the model writes after it (default: 30)")
+    add("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--text", action="store_true", help="print what there is to see, and draw no picture")
-    form.add_argument("--json", action="store_true", help="print it as one JSON object, and draw no picture")
+    add("--dtype", default="float32", choices=("auto", "float32", "bfloat16", "int8"), help="default: float32, exact")
+    add("--out", default="explore.html", help="the page (default: explore.html)")
+    add("--overwrite", action="store_true", help="replace --out even if it is not such a page")
+    add("--text", action="store_true", help="print tables, and write no page")
+    add("--json", action="store_true", help="print all numbers as one JSON object, and write no page")
     args = parser.parse_args(argv)
     out = Path(args.out)
-    require(out.name, f"--out {args.out!r} names no file")
-    require(out.parent.is_dir(), f"there is no folder {out.parent} for --out")
-    model, tokenizer = load_checkpoint(args.model, gpt.resolve_device(args.device))
-    found, attention = inspect(model, tokenizer, args.prompt)
+    unwritten = args.text or args.json or not out.exists()
+    free = args.overwrite or unwritten or (out.is_file() and MARK in out.read_text(errors="replace")[:2000])
+    require(free, f"{out} already exists and is not a page of explore.py: add --overwrite, or choose another --out")
+    device = gpt.resolve_device(args.device)
+    model, tokenizer = open_model(args.model, device, args.dtype, args.adapter)
+    context, prompt = model.config.block_size, tokenizer.encode(args.prompt) or [tokenizer.eot]
+    if len(prompt) > context:
+        log(f"the prompt has {len(prompt):,} tokens, only the last {context:,} fit into the context")
+    idx = torch.tensor([prompt[-context:]], device=device)
+    n_prompt, generator = idx.shape[1], torch.Generator(device).manual_seed(args.seed)
+    options = {"temperature": 0.8, "eot": tokenizer.eot, "generator": generator}
+    ids = model.generate(idx, min(args.max_new_tokens, context - n_prompt), **options)[0].tolist()
+    seen = inspect(model, ids)
     if args.text:
-        return show_inspection(found, attention)
+        return show_text(tokenizer, ids, seen)
     if args.json:
-        return print(json.dumps(found | {"attention": attention[:, :, -1].tolist()}))
-    plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], out)
-    return log(f"attention of every head: {out}")
+        return print(json.dumps({"ids": ids, "n_prompt": n_prompt, **seen}, default=torch.Tensor.tolist))
+    data = page_data(args.model, model, tokenizer, ids, n_prompt, seen)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # data, never markup
+    with gpt.replacing(out) as part:
+        part.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), encoding="utf-8")
+    log(f"{out}: {out.stat().st_size / 1e6:.1f} MB" + "".join(f"; left out: {what}" for what in data["left_out"]))
 
 
 if __name__ == "__main__":

@@ -71,21 +71,20 @@ def flag(default, help, low=0, high=2**40, choices=None, shown=None):
 def check_fields(config):
     """Raise InputError for a value outside its limits."""
     for field in dataclasses.fields(config):
-        name, value, rule = field.name, getattr(config, field.name), field.metadata
-        if rule["choices"]:
-            require(value in rule["choices"], f"{name} is {value!r}, expected one of {', '.join(rule['choices'])}")
+        name, value = field.name, getattr(config, field.name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices:
+            require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}")
         elif field.type in (int, float):
-            require(
-                rule["low"] <= value <= rule["high"], f"{name} is {value}, expected {rule['low']} to {rule['high']}"
-            )
+            require(low <= value <= high, f"{name} is {value}, expected {low} to {high}")
         else:
             require(value not in ("", (), [], [""]), f"{name} is empty")
 
 
 def from_flags(config_class, flags):
     """A config from those entries of a dict that are its fields."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: flags[name] for name in names & flags.keys()})
+    fields = dataclasses.fields(config_class)
+    return config_class(**{field.name: flags[field.name] for field in fields if field.name in flags})
 
 
 @dataclasses.dataclass
@@ -176,10 +175,15 @@ def train_bpe(texts, vocab_size):
     words = [[list(word.encode()), count] for word, count in counts.items()]  # "low" -> [108, 111, 119]
     pairs = Counter()  # pair -> how often it occurs
     containing = defaultdict(set)  # pair -> the words it occurs in
-    for i, (ids, count) in enumerate(words):
+
+    def count_pairs(i, sign):
+        ids, count = words[i]
         for pair in pairwise(ids):
-            pairs[pair] += count
+            pairs[pair] += sign * count
             containing[pair].add(i)
+
+    for i in range(len(words)):
+        count_pairs(i, 1)
     tokens = [bytes([byte]) for byte in range(256)]  # id -> bytes
     ranks = {token: i for i, token in enumerate(tokens)}
     queue = [(-count, pair) for pair, count in pairs.items()]  # the most frequent first; of equals, the smaller ids
@@ -195,18 +199,13 @@ def train_bpe(texts, vocab_size):
             tokens.append(token)
         new = ranks[token]
         created = set()
-        for i in containing.pop(pair):
-            ids, count = words[i]
-            for old in pairwise(ids):
-                pairs[old] -= count
-            words[i][0] = merge(ids, pair, new)
-            for now in pairwise(words[i][0]):
-                pairs[now] += count
-                if new in now:
-                    containing[now].add(i)
-                    created.add(now)
-        for now in created:
-            heapq.heappush(queue, (-pairs[now], now))
+        for i in list(containing[pair]):
+            count_pairs(i, -1)
+            words[i][0] = merge(words[i][0], pair, new)
+            count_pairs(i, 1)
+            created.update(found for found in pairwise(words[i][0]) if new in found)
+        for found in created:
+            heapq.heappush(queue, (-pairs[found], found))
     return ranks
 
 
@@ -220,9 +219,8 @@ class Tokenizer:
         self.eot = len(ranks) if eot is None else eot
         self.encoding = tiktoken.Encoding(kind, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32  # of stored ids
-        self.token_bytes = [b""] * self.vocab_size  # id -> bytes; the end of text has none
-        for token, i in ranks.items():
-            self.token_bytes[i] = token
+        self.token_bytes = sorted(ranks, key=ranks.get)  # id -> bytes
+        self.token_bytes.insert(self.eot, b"")  # the end of text has none
 
     @classmethod
     def bytes(cls):
@@ -439,18 +437,12 @@ def windows_of_step(n, step, config):
 
 
 # ---- The model, with the names of the published GPT-2 ----
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """In training, zero a share p of the activations and scale up the rest (Srivastava et al. 2014)."""
 
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
     def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
         p = round(self.p * 2**16) / 2**16  # sixteen random bits each: F.dropout draws floats, slowly, on one thread
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # -32768 to 32767, all equally likely
@@ -732,9 +724,14 @@ def make_optimizers(model, config):
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; vectors (biases, norms) don't decay."""
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            in_block = ".h." in name and config.optimizer == "muon"
-            (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append(p)
+        elif ".h." in name and config.optimizer == "muon":
+            hidden.append(p)
+        else:
+            matrices.append(p)
     optimizers = []
     if matrices or vectors:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -852,11 +849,11 @@ def restore(tensors, model, optimizers):
     """Put the tensors of load_run back into the model and its optimizers."""
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
-        name, *average = key.split(":")
-        if average:
-            optimizers[int(average[0])].state[parameters[name]][average[1]] = tensor.to(parameters[name].device)
+        if ":" in key:
+            name, i, average = key.split(":")
+            optimizers[int(i)].state[parameters[name]][average] = tensor.to(parameters[name].device)
         else:
-            parameters[name].data.copy_(tensor)
+            parameters[key].data.copy_(tensor)
 
 
 def plot(rows, path):
@@ -880,7 +877,7 @@ def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals
     Every target weighs the same. Returns None if a signal is noted meanwhile. Leaves the model in eval mode.
     """
     device = next(model.parameters()).device
-    n_bytes = torch.tensor([len(token) for token in tokenizer.token_bytes])  # (V,)
+    lengths = torch.tensor([len(token) for token in tokenizer.token_bytes])  # (V,)
     sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, hits
     model.eval()
     starts = range(0, len(data), batch_size)
@@ -893,7 +890,7 @@ def evaluate(model, data, tokenizer, batch_size=16, dtype=torch.float32, signals
         targets = y[y != -1]
         hits = (logits.argmax(dim=-1).cpu() == y).sum()
         nats = loss.item() * len(targets)
-        sums += torch.tensor([nats, len(targets), n_bytes[targets].sum(), hits], dtype=torch.float64)
+        sums += torch.tensor([nats, len(targets), lengths[targets].sum(), hits], dtype=torch.float64)
     nats, tokens, n_bytes, hits = sums.clamp(min=1e-9).tolist()
     figures = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700))}
     return figures | {"bits_per_byte": nats / math.log(2) / n_bytes, "accuracy": hits / tokens, "tokens": round(tokens)}
@@ -946,10 +943,8 @@ def keep_freed_memory():
 
 
 def check_finite(value, name, step, config):
-    advice = f"{config.out} keeps the last checkpoint; use a smaller --lr, a longer --warmup_steps or --dtype float32"
-    require(
-        math.isfinite(value), f"the {name} is {value} at step {step}, lr {learning_rate(step, config):.2g}: {advice}"
-    )
+    where = f"at step {step}, lr {learning_rate(step, config):.2g}: {config.out} keeps the last checkpoint"
+    require(math.isfinite(value), f"the {name} is {value} {where}; use a smaller --lr, or --dtype float32")
 
 
 def train(model, tokenizer, train_data, val_data, config, resumed=None, export_weights=None, **fingerprints):
@@ -996,7 +991,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             if figures:
                 check_finite(figures["loss"], "validation loss", step, config)
                 run["seconds"] = time.perf_counter() - started
-                train_loss = sum(run["losses"]) / max(1, len(run["losses"])) or math.nan
+                train_loss = sum(run["losses"]) / len(run["losses"]) if run["losses"] else math.nan
                 row = {"step": step, "tokens": run["tokens"], "seconds": round(run["seconds"], 2), "lr": lr}
                 row |= {"train_loss": train_loss, "val_loss": figures["loss"]}
                 row |= {"val_bits_per_byte": figures["bits_per_byte"], "grad_norm": run["grad_norm"]}
@@ -1015,7 +1010,8 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                     best = {"step": step, "validation": figures, "training": dataclasses.asdict(config)}
                     weights = export_weights and export_weights(model)
                     if RANK == 0:
-                        save_checkpoint(folder, model, tokenizer, weights, True, len(rows) > 1, **best)
+                        old = {"overwrite": True, "keep_state": len(rows) > 1}
+                        save_checkpoint(folder, model, tokenizer, weights, **old, **best)
                 if RANK == 0:
                     save_run(run, model, optimizers, folder)
 
@@ -1096,15 +1092,15 @@ def command(main):
         except BrokenPipeError:  # the reader of stdout has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except (InputError, MemoryError, RuntimeError) as error:
+        except InputError as error:
+            message = " ".join(str(error).split())
+        except (MemoryError, RuntimeError) as error:
             full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-            if not full and isinstance(error, RuntimeError):
+            if not full:
                 raise
-            message = (
-                "out of memory: choose a smaller model, context or batch" if full else " ".join(str(error).split())
-            )
-            print("error:", message, file=sys.stderr)
-            sys.exit(2)
+            message = "out of memory: choose a smaller model, context or batch"
+        print("error:", message, file=sys.stderr)
+        sys.exit(2)
 
     return run
 

@@ -1,12 +1,11 @@
 """What is wrong with the text that a model generates?
 
-    python -m debug.text                              at five temperatures: loops, repetition, collapse, noise, ...
+    python -m debug.text                              # at five temperatures: loops, repetition, collapse, noise, ...
     python -m debug.text --model gpt2 --prompt "Learning is" --max_new_tokens 400
 
 distinct-n is from Li et al. 2016, "A Diversity-Promoting Objective Function".
 """
 
-import json
 import math
 
 import numpy as np
@@ -14,13 +13,14 @@ import torch
 
 import gpt
 from debug.activations import entropy, hooked
-from gpt import command, load_checkpoint, require
+from extras.tables import show
+from gpt import load_checkpoint, log, require
 
 TEMPERATURES = (0, 0.5, 0.8, 1.0, 1.5)
 
 
 def longest_loop(ids, longest_period=64):
-    """The longest stretch that repeats what stands one period before it -> (its tokens, its period); (0, 0) without one."""
+    """The longest stretch that repeats itself with some period -> (its tokens, its period); (0, 0) if there is none."""
     ids, best = np.asarray(ids), (0, 0)
     for period in range(1, min(longest_period, len(ids) // 2) + 1):
         run = longest = 0
@@ -32,86 +32,73 @@ def longest_loop(ids, longest_period=64):
     return best
 
 
-def ngrams(ids, n):
-    return list(zip(*(ids[i:] for i in range(n)), strict=False))
+def distinct(ids, n):
+    """The share of n-grams that did not occur before."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
-def measure(ids, entropies, surprises, text, asked):
-    """A generated text, as token numbers, the entropy before each, -ln of its probability, and as a string -> figures."""
-    fours, quarter = ngrams(ids, 4), max(1, len(ids) // 4)
+def measure(ids, entropies, losses, text, asked):
+    """A generated text: its ids, the entropy before each, the loss of each, and the string -> figures."""
     loop, period = longest_loop(ids)
-    return {"tokens": len(ids), "asked": asked, "repeated": 1 - len(set(fours)) / len(fours) if fours else 0.0, "loop": loop, "period": period,
-            **{f"distinct_{n}": len(set(ngrams(ids, n))) / max(1, len(ids) - n + 1) for n in (1, 2, 3)},
-            "entropy_start": float(np.mean(entropies[:quarter])) if entropies else 0.0,
-            "entropy_end": float(np.mean(entropies[-quarter:])) if entropies else 0.0,
-            "surprise": float(np.mean(surprises) - np.mean(entropies)) if entropies else 0.0,
-            "broken": text.count("\ufffd") / max(1, len(text))}  # fmt: skip
+    row = {"tokens": len(ids), "asked": asked, "repeated": 1 - distinct(ids, 4), "loop": loop, "period": period}
+    row |= {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
+    entropies, losses = entropies or [0.0], losses or [0.0]  # of an empty text
+    quarter = max(1, len(ids) // 4)
+    row["entropy_start"] = float(np.mean(entropies[:quarter]))
+    row["entropy_end"] = float(np.mean(entropies[-quarter:]))
+    row["excess_loss"] = float(np.mean(losses) - np.mean(entropies))  # 0 on average for tokens drawn at temperature 1
+    row["broken"] = text.count("\ufffd") / max(1, len(text))
+    return row
+
+
+ADVICE = {
+    "early end": "right for a short answer; otherwise the training text ends too often",
+    "a loop": "sample with --temperature 0.8 --top_p 0.9; if that loops, too, train longer or on more text",
+    "repetition": "a higher temperature, or more training",
+    "collapse": "the model is sure of its own repetition: sample, or choose a longer context",
+    "word salad": "the tokens are less probable than the model expects: a lower temperature, or --top_p 0.9",
+    "gibberish": "a lower temperature or --top_p 0.9; at every temperature, more training",
+    "noise": "the model has hardly learned anything yet",
+}
 
 
 def verdict(row, vocab_size):
-    """Figures -> what is wrong, in words, with what usually helps."""
-    found = []
-    if row["tokens"] < row["asked"] / 4:
-        found.append(f"early end (after {row['tokens']} of {row['asked']} tokens): right for a short answer; else the end of text is too "
-                     "frequent in what was learned")  # fmt: skip
-    if row["loop"] >= max(12, row["tokens"] / 4):
-        found.append(f"a loop ({row['loop']} tokens, repeating every {row['period']}): sample with --temperature 0.8 --top_p 0.9; if that loops "
-                     "too, train longer or on more text")  # fmt: skip
-    elif row["repeated"] > 0.3:
-        found.append(
-            f"repetition ({row['repeated']:.0%} of its 4-grams occurred before): a higher temperature, or more training"
-        )
-    if row["tokens"] >= 20 and row["entropy_end"] < 0.1 * row["entropy_start"] and row["entropy_end"] < 0.5:
-        found.append(f"collapse (entropy falls from {row['entropy_start']:.2f} to {row['entropy_end']:.2f} nats): the model is sure of its own "
-                     "repetition; sample, or choose a longer context")  # fmt: skip
-    if row["surprise"] > 1:
-        found.append(f"word salad (what was drawn surprises the model itself, {row['surprise']:.1f} nats beyond what it expects): a lower "
-                     "temperature, or --top_p 0.9")  # fmt: skip
-    if row["broken"] > 0.01:
-        found.append(f"gibberish ({row['broken']:.0%} of the characters are broken): a lower temperature or --top_p 0.9; at every temperature, it "
-                     "is too little training")  # fmt: skip
-    if row["tokens"] and row["entropy_start"] > 0.8 * math.log(vocab_size):
-        found.append(f"noise (entropy {row['entropy_start']:.2f} of at most {math.log(vocab_size):.2f} nats): the model has hardly learned "
-                     "anything yet")  # fmt: skip
-    return found or ["no problem found"]
+    """Figures -> what is wrong: keys of ADVICE, or "no problem found"."""
+    collapsed = row["entropy_end"] < min(0.1 * row["entropy_start"], 0.5)
+    loop = row["loop"] >= max(12, row["tokens"] / 4)
+    found = {
+        "early end": row["tokens"] < row["asked"] / 4,
+        "a loop": loop,
+        "repetition": row["repeated"] > 0.3 and not loop,
+        "collapse": row["tokens"] >= 20 and collapsed,
+        "word salad": row["excess_loss"] > 1,
+        "gibberish": row["broken"] > 0.01,
+        "noise": row["entropy_start"] > 0.8 * math.log(vocab_size),
+    }
+    return [name for name, wrong in found.items() if wrong] or ["no problem found"]
 
 
 def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):
-    """Continue a prompt at each temperature (0 is greedy) -> rows of figures, the text, and what is wrong with it."""
-    ids = tokenizer.encode(prompt) or [tokenizer.eot]
+    """Continue a prompt at each temperature (0 is greedy) -> rows of figures, what is wrong, and the text."""
+    device = next(model.parameters()).device
+    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
     for temperature in temperatures:
-        device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
-        made, entropies, surprises = [], [], []
+        ids, entropies, losses = [], [], []
         with hooked({"head": (model.lm_head, "out")}) as seen:
-            for token in model.stream(
-                torch.tensor([ids], device=device), max_new_tokens, temperature, eot=tokenizer.eot, generator=generator
-            ):
-                logits = seen["head"].pop()[0].float()
+            for token in model.stream(idx, max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
+                logits = seen["head"].pop()[0].float()  # (V,)
                 if token.item() != tokenizer.eot:
-                    made.append(token.item())
+                    ids.append(token.item())
                     entropies.append(entropy(logits).item())
-                    surprises.append(-logits.log_softmax(-1)[token.item()].item())
-        text = tokenizer.decode(i for i in made if i < tokenizer.vocab_size).removesuffix(
-            "\ufffd"
-        )  # the last may be cut
-        row = measure(made, entropies, surprises, text, max_new_tokens)
-        yield {"temperature": temperature, **row, "text": text, "verdict": verdict(row, model.config.vocab_size)}
+                    losses.append(-logits.log_softmax(-1)[token.item()].item())
+        text = tokenizer.decode(i for i in ids if i < tokenizer.vocab_size).removesuffix("\ufffd")  # cut at the end
+        row = measure(ids, entropies, losses, text, max_new_tokens)
+        yield {"temperature": temperature, **row, "verdict": verdict(row, model.config.vocab_size), "text": text}
 
 
-def show_diagnosis(rows):
-    print(f"{'':<16} {'tokens':>7} {'repeated':>8} {'loop':>5} {'distinct 1 2 3':>16} {'entropy':>13} {'broken':>7}")
-    for row in rows:
-        name = f"temperature {row['temperature']:g}" if row["temperature"] else "greedy"
-        distinct = " ".join(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3))
-        print(f"{name:<16} {row['tokens']:>7,} {row['repeated']:>8.0%} {row['loop']:>5,} {distinct:>16} {row['entropy_start']:>5.2f} -> "
-              f"{row['entropy_end']:.2f} {row['broken']:>7.1%}")  # fmt: skip
-        print("".join(f"    {words}\n" for words in row["verdict"]) + f"    {row['text'][:160]!r}")
-    print("repeated: share of 4-grams that occurred before; loop: tokens in the longest one; distinct: share of different tokens, pairs, "
-          "triples; entropy: of the next token in nats, first and last quarter")  # fmt: skip
-
-
-@command
+@gpt.command
 def main(argv=None):
     parser = gpt.Parser(prog="python -m debug.text", description="What is wrong with the text that a model generates?")
     add = parser.add_argument
@@ -123,10 +110,19 @@ def main(argv=None):
     add("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     require(1 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 1 to 2**31")
-    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
+    require(0 <= args.seed <= 2**32, f"--seed is {args.seed}, expected 0 to 2**32")
     model, tokenizer = load_checkpoint(args.model, gpt.resolve_device(args.device))
     rows = diagnose(model, tokenizer, args.prompt, args.max_new_tokens, TEMPERATURES, args.seed)
-    return print("\n".join(map(json.dumps, rows))) if args.json else show_diagnosis(list(rows))
+    if args.json:
+        return show(rows, True)
+    rows = list(rows)
+    keys = ("temperature", "tokens", "repeated", "loop", "distinct_2", "entropy_start", "entropy_end", "verdict")
+    show(rows, columns={key: key for key in keys})
+    for row in rows:
+        print(f"{row['temperature']:g}: {row['text'][:160]!r}")
+    found = {name for row in rows for name in row["verdict"]}
+    for name in sorted(found & ADVICE.keys()):
+        log(f"{name}: {ADVICE[name]}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,16 @@ import json
 
 
 def cell(value):
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    """A value as text: numbers of a usual size get four decimals, tiny ones an exponent, large ones no decimals."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
 
 
 def show(rows, as_json=False, columns=None):
@@ -21,7 +26,7 @@ def show(rows, as_json=False, columns=None):
     columns = columns or {key: key for key in rows[0]}
     lines = [list(columns.values())] + [[cell(row[key]) for key in columns] for row in rows]
     widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
-    numeric = [isinstance(rows[0][key], (int, float)) for key in columns]
+    numeric = [any(isinstance(row[key], (int, float)) for row in rows) for key in columns]
     for line in lines:
         texts = zip(line, widths, numeric, strict=True)
         print("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in texts).rstrip())

@@ -6,14 +6,14 @@ python gpt.py --preset shakespeare-10min --max_steps 2000 --dropout 0 --out chec
 python -m notes.pictures --model shakespeare --curves checkpoints/dropout checkpoints/no-dropout
 """
 
-import csv
-import json
 from pathlib import Path
 
 import torch
 
 import explore
 import gpt
+from debug.curve import read_log
+from extras.checkpoints import read_config
 from gpt import InputError, TrainConfig, command, load_checkpoint, require
 
 SENTENCE = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate."
@@ -118,12 +118,9 @@ def draw_sampling(model, tokenizer, path):
 
 def read_run(folder):
     """-> its dropout, and the columns of its log.csv."""
-    try:
-        rows = list(csv.DictReader((folder / "log.csv").read_text(encoding="utf-8").splitlines()))
-        columns = [[float(row[key]) for row in rows] for key in ("step", "train_loss", "val_loss")]
-        return float(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]["dropout"]), *columns
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder} is not the folder of a run, with log.csv and config.json: {error}") from error
+    rows = read_log(folder / "log.csv")
+    columns = [[row[key] for row in rows] for key in ("step", "train_loss", "val_loss")]
+    return read_config(folder)["model"]["dropout"], *columns
 
 
 def draw_curves(runs, path):
