@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -8,31 +9,30 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that wait for work do not take the processor from other programs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to other programs
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+
+import gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [path for folder in (".", "debug", "extras", "bench") for path in sorted(ROOT.joinpath(folder).glob("*.py"))]
-SCRIPTS = [
-    path.relative_to(ROOT)
-    for path in [*CODE, ROOT / "notes/pictures.py"]
-    if "\nif __name__" in path.read_text(encoding="utf-8")
-]
-SCRIPTS = [
-    path.name if path.parent == Path() else ".".join(path.with_suffix("").parts).removesuffix(".__main__")
-    for path in SCRIPTS
-]
-sys.path.insert(0, str(ROOT))
+
+
+def run_as(path):
+    """What a user runs: gpt.py, debug.check, bench."""
+    path = path.relative_to(ROOT)
+    return path.name if path.parent == Path() else ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+
+
+MAINS = [path for path in [*CODE, ROOT / "notes/pictures.py"] if "\nif __name__" in path.read_text(encoding="utf-8")]
+SCRIPTS = list(dict.fromkeys(map(run_as, MAINS)))
 SHARED_VOCABULARY = ROOT.parent / "shared" / "tiktoken_cache"
 if SHARED_VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_VOCABULARY))
-
-import gpt
 
 PROSE = (
     "The quick brown fox jumps over the lazy dog. It's a test, isn't it? We'll see what 123 tokens can do;\n"
@@ -100,7 +100,8 @@ def gpt2_vocabulary():
 
 
 TINY = ["--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "16",
-        "--batch_size", "4", "--max_steps", "12", "--eval_interval", "4", "--warmup_steps", "2", "--device", "cpu"]  # fmt: skip
+        "--batch_size", "4", "--max_steps", "12", "--eval_interval", "4", "--warmup_steps", "2",
+        "--device", "cpu"]  # fmt: skip
 
 
 def script(name, *args, **options):
@@ -110,6 +111,15 @@ def script(name, *args, **options):
         options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}  # where python -m looks, from any folder
     command = [sys.executable, *start, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+def started(argv, main=gpt.main):
+    """A main in a process that starts at once, as it is forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "safetensors.torch", "tiktoken", "matplotlib.figure", "pytest"])
+    process = context.Process(target=main, args=(argv,))
+    process.start()
+    return process
 
 
 @contextmanager
@@ -142,8 +152,6 @@ def rows_of(capsys):
 
 
 def parameters_of(folder):
-    from safetensors.torch import load_file
-
     return load_file(Path(folder) / "model.safetensors")
 
 
@@ -158,7 +166,7 @@ def enlarge(model, seed=0):
 
 
 def published(folder, tokenizer=None, seed=0, **shape):
-    """A folder such as the hub has, of transformers' own making, with our tokenizer's vocabulary -> transformers' model."""
+    """A folder as on the hub, which transformers writes, with our tokenizer's vocabulary -> transformers' model."""
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 
     logging.disable_progress_bar()
@@ -174,7 +182,7 @@ def published(folder, tokenizer=None, seed=0, **shape):
 
 
 def check_files(folder, interval=4):
-    """Whatever is there under its final name is whole."""
+    """Every file that has its final name is whole."""
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
@@ -185,8 +193,7 @@ def check_files(folder, interval=4):
             json.loads(path.read_text())
         elif path.suffix == ".csv":
             rows = list(csv.DictReader(path.open()))
-            assert [int(row["step"]) for row in rows] == list(
-                range(0, interval * len(rows), interval)
-            ) and None not in rows[-1].values()
+            assert [int(row["step"]) for row in rows] == list(range(0, interval * len(rows), interval))
+            assert None not in rows[-1].values()
         elif path.suffix == ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")

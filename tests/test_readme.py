@@ -1,119 +1,130 @@
-import functools
+"""README and notes/reference.md are true: their commands run, and their counts are those of the code."""
+
+import importlib
 import shlex
+from pathlib import Path
 
 import pytest
 import regex
 import torch
-from conftest import ROOT, SCRIPTS, script
+from conftest import PROSE, ROOT, SCRIPTS, TINY, published, run_main
 
+import finetune
 import gpt
-from gpt import GPT, GPTConfig, TrainConfig
+from debug import mistakes, verify_gpt2
+from gpt import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Commands on a line of their own, in the first column of a table, and within a sentence.
-COMMANDS = regex.findall(
-    r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m (?!venv)\w+)[^`\n]*)", README, regex.MULTILINE
-)
-COMMANDS += regex.findall(r"`(python (?:\w+\.py|-m (?!venv)\w+)[^`\n]*)`", README)
+REFERENCE = (ROOT / "notes/reference.md").read_text(encoding="utf-8")
+COMMAND = r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m \w+)[^`\n]*)"  # on its own line, or in a table
+COMMANDS = list(dict.fromkeys(regex.findall(COMMAND, README, regex.MULTILINE)))
+MORE = set(regex.findall(COMMAND, REFERENCE, regex.MULTILINE)) | set(regex.findall(r"`(python [^`\n]+)`", README))
+SMALLER = {  # what makes a command fast here; a later flag wins
+    "gpt.py": [*TINY, "--max_steps", "2", "--block_size", "64"],
+    "finetune.py": ["--max_steps", "2", "--batch_size", "2", "--block_size", "8"],
+    "sample.py": ["--max_new_tokens", "4"],
+    "debug.text": ["--max_new_tokens", "8"],
+}
+INSTEAD = {  # what would need a network
+    "python convert_gpt2.py gpt2": "python convert_gpt2.py hf --out checkpoints/gpt2",
+}
+SLOW = ("torchrun", "--random", "-m bench", "-m debug.check")  # with tests of their own
 
 
 def parse(command):
     """A command -> the script or module that it runs, and what comes after it."""
     words = shlex.split(command, comments=True)
-    if "-m" in words:
-        i = words.index("-m") + 1
-        return words[i], words[i + 1 :]
-    i = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    i = words.index("-m") + 1 if "-m" in words else next(i for i, word in enumerate(words) if word.endswith(".py"))
     return words[i], words[i + 1 :]
 
 
-@functools.cache
-def help_of(name):
-    done = script(name, "--help")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def main_of(name):
+    return importlib.import_module("bench.__main__" if name == "bench" else name.removesuffix(".py")).main
 
 
-def test_the_readme_shows_every_script():
-    assert len(COMMANDS) > 30
-    assert {parse(command)[0] for command in COMMANDS} == set(SCRIPTS)
+@pytest.fixture
+def a_newcomers_folder(own_folder, monkeypatch):
+    """The files that README speaks of, small ones."""
+    for name in ("my.txt", "held_out.txt", "my_folder/a.txt", "corpus/a.txt", ".cache/shakespeare.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(PROSE)
+    line = '{"prompt": "Question: what?\\nAnswer:", "completion": " Paris."}\n'
+    Path("questions.jsonl").write_text(line * 20)
+    published("hf")
+    monkeypatch.setattr(gpt, "pydoc", lambda: iter([PROSE]))
+    return own_folder
 
 
-@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
-def test_commands_use_flags_that_exist(line):
-    name, words = parse(line)
+def test_the_commands_of_the_readme_run_in_its_order_and_then_its_python(a_newcomers_folder, capsys):
+    for command in COMMANDS:
+        if any(word in command for word in SLOW):
+            continue
+        name, flags = parse(INSTEAD.get(command.partition("  ")[0], command))
+        flags += ["--max_steps", "4"] if "--resume" in flags else SMALLER.get(name, [])
+        status = run_main(main_of(name), *flags)
+        assert not status, command
+    capsys.readouterr()
+    for code in regex.findall(r"```python\n(.*?)```", README, regex.DOTALL):
+        exec(code, {})
+    assert capsys.readouterr().out.count("The import statement") == 2
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *MORE}))
+def test_a_command_uses_flags_that_exist(command, capsys):
+    name, words = parse(command)
+    assert name in SCRIPTS
+    with pytest.raises(SystemExit):
+        main_of(name)(["--help"])
     flags = {word for word in words if word.startswith("--")}
-    assert flags <= set(regex.findall(r"(?<=^\s*|[\s,])--\w+", help_of(name)))
+    assert flags <= set(regex.findall(r"(?<=^\s*|[\s,])--[\w-]+", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("line", sorted(set(regex.findall(r"`pytest ([^`]+)`", README))))
+def test_the_readme_names_every_script_and_fits_on_a_page():
+    for name in set(SCRIPTS) - {"notes.pictures"}:
+        assert (name if name.endswith(".py") else name.rpartition(".")[2]) in README, name
+    assert len(README.splitlines()) <= 180
+
+
+@pytest.mark.parametrize("line", sorted(set(regex.findall(r"`(?:[^`]*&& )?pytest (tests[^`]+)`", REFERENCE))))
 def test_the_tests_that_are_named_exist(line):
-    words = shlex.split(line)
-    files = [ROOT / word for word in words if word.startswith("tests/")] or list((ROOT / "tests").glob("test_*.py"))
-    names = regex.findall(r"def (test_\w+)", "".join(path.read_text(encoding="utf-8") for path in files))
-    for word in words[words.index("-k") + 1].split(" or ") if "-k" in words else [""]:
+    path, *rest = shlex.split(line)
+    names = regex.findall(r"def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"))
+    for word in rest[1].split(" or ") if rest else []:
         assert any(word in name for name in names), word
 
 
-def test_commands_that_train_have_values_that_fit():
-    commands = [parse(line) for line in COMMANDS]
-    lines = [flags for name, flags in commands if name == "gpt.py" and "--help" not in flags]
-    assert len(lines) > 12
-    for flags in lines:
-        parser = gpt.Parser()
-        for name in ("--preset", "--resume", "--overwrite"):
-            parser.add_argument(name, **({} if name == "--preset" else {"action": "store_true"}))
-        gpt.add_flags(parser, GPTConfig, TrainConfig)
-        parsed = vars(parser.parse_args(flags))
-        values = gpt.PRESETS[parsed.pop("preset") or "tiny"] | parsed
-        gpt.from_flags(GPTConfig, values), gpt.from_flags(TrainConfig, values)
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_presets_are_as_they_are():
-    for name in gpt.PRESETS:
-        shape = GPTConfig.preset(name)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in GPT(shape).parameters())
-        row = (shape.n_layer, shape.n_embd, shape.n_head, shape.block_size, shape.vocab_size, count)
-        assert f"| `{name}` | " + " | ".join(f"{value:,}" for value in row) + " |" in README
+@pytest.mark.parametrize("name", gpt.PRESETS)
+def test_the_table_of_presets_is_true(name):
+    shape = GPTConfig.preset(name)
+    with torch.device("meta"):
+        count = count_parameters(GPT(shape))
+    row = (shape.n_layer, shape.n_embd, shape.n_head, shape.block_size, shape.vocab_size, count)
+    assert f"| `{name}` | " + " | ".join(f"{value:,}" for value in row) + " |" in REFERENCE
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_the_table_of_methods_is_true(method):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("gpt2"))
+        finetune.choose(model, finetune.FinetuneConfig(data=["-"], method=method))
+    row = rf"^\| `{regex.escape(method)}`(?: \(default\))? \| .* \| ([\d,]+)(?: added)? \| ([\d.]+) \|$"
+    shown = regex.search(row, README, regex.MULTILINE)
+    assert shown[1] == f"{count_parameters(model):,}" and float(shown[2]) == finetune.METHODS[method][1]
 
 
 def test_the_table_of_mistakes_names_them_all():
-    from debug import mistakes
-
-    rows = regex.findall(
-        r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$", README, regex.MULTILINE
-    )
-    assert rows == list(mistakes.MISTAKES)
-
-
-def test_shares_and_learning_rates_of_each_method_are_those_of_the_tables():
-    import finetune
-
-    for preset, pattern in (
-        ("gpt2", r"^\| `{}` \| .* \| ([\d,]+)(?: beside them)? \| ([\d.]+) \|$"),
-        ("tiny", r"^\| `{}` \| ([\d.]+)% \|"),
-    ):
-        for method in finetune.METHODS:
-            with torch.device("meta"):
-                model = GPT(GPTConfig.preset(preset))
-                total = sum(p.numel() for p in model.parameters())
-                finetune.choose(model, finetune.FinetuneConfig(data=["-"], method=method))
-            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            shown = regex.search(pattern.format(regex.escape(method)), README, regex.MULTILINE)
-            if preset == "gpt2":
-                assert (shown[1], float(shown[2])) == (f"{count:,}", finetune.METHODS[method][1])
-            else:
-                assert float(shown[1]) == pytest.approx(100 * count / total, rel=0.05)
+    row = r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$"
+    assert regex.findall(row, REFERENCE, regex.MULTILINE) == list(mistakes.MISTAKES)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_loss_in_the_proof_is_that_of_the_command():
-    from debug import verify_gpt2
-
     model = verify_gpt2.randomize(GPT(GPTConfig.preset("gpt2")))
     idx = verify_gpt2.inputs(model.config, gpt.Tokenizer.bytes())["a paragraph"]
-    loss = verify_gpt2.loss_of(model(idx)[0], idx)
     shown = regex.search(r"^\| a paragraph \| 313 \| \S+ \| \S+ \| 100% \| (\S+) \| \1 \|$", README, regex.MULTILINE)
-    assert idx.shape == (1, 313) and loss == pytest.approx(float(shown[1]), abs=2e-5)
+    assert verify_gpt2.loss_of(model(idx)[0], idx) == pytest.approx(float(shown[1]), abs=2e-5)
