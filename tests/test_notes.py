@@ -9,6 +9,8 @@ import regex
 import torch
 from conftest import CODE, ROOT, SCRIPTS, script
 
+from bench import __main__ as bench
+
 sys.path.append(str(ROOT / "notes"))
 from reprint import run_blocks
 
@@ -50,6 +52,11 @@ def test_functions_that_are_explained_exist(path):
     code = "".join(path.read_text(encoding="utf-8") for path in CODE)
     names = [name for name in regex.findall(r"`(\w+)`", opening) if not Path(name).suffix]
     assert names and all(regex.search(rf"^\s*(?:def|class) {name}\b", code, regex.MULTILINE) for name in names), names
+
+
+def test_the_table_of_the_plan_is_the_one_that_is_printed(capsys):
+    bench.main(["--plan"])
+    assert f"```\n{capsys.readouterr().out}```\n" in (ROOT / "notes/performance.md").read_text(encoding="utf-8")
 
 
 def test_the_index_names_every_note_and_how_long_it_is_to_read():
