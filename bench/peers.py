@@ -1,123 +1,167 @@
-"""The alternatives to this project that python -m bench times: transformers, llama.cpp, CTranslate2.
+"""What a user would take instead: nanoGPT, transformers, llama.cpp, CTranslate2.
 
-Each function returns one that makes a step: of training, in the plain loop that a user of transformers would write, or
-of generation.
+Each function returns one that makes a step of training or generation.
 """
 
-import math
+import dataclasses
+import importlib.util
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gpt
 
 
-def train(config, data, batch_size, settings=lambda: None, rate=lambda number: 1e-4):
-    """transformers' GPT-2 of a GPTConfig's shape and dropout, in float32, with AdamW; rate(step) is the learning rate."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+class NanoBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.p = config.dropout
+        self.ln_1 = nn.LayerNorm(C, bias=False)
+        self.c_attn = nn.Linear(C, 3 * C, bias=False)
+        self.c_proj = nn.Linear(C, C, bias=False)
+        self.dropout = nn.Dropout(self.p)
+        self.ln_2 = nn.LayerNorm(C, bias=False)
+        up, down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(self.p))
 
-    sizes = {
-        "n_positions": config.block_size,
-        **{key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
-    }
-    model = GPT2LMHeadModel(
-        GPT2Config(**sizes, **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout))
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = [part.view(heads).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).split(C, dim=2)]
+        p = self.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        x = x + self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoGPT(nn.Module):
+    """The model of nanoGPT (Karpathy 2022) with the defaults of its train.py, written anew for comparison."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(*[NanoBlock(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx, targets):
+        x = self.dropout(self.wte(idx) + self.wpe(torch.arange(idx.shape[1])))
+        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def plain_loop(model, optimizer, loss_of, data, batch_size):
+    """The loop of nanoGPT's train.py on a CPU: random windows, float32, gradients clipped to a norm of 1."""
+    T = data.block_size
     model.train()
-    settings()
 
     def step(number):
-        x, _ = data.batch(np.random.default_rng(number).integers(len(data), size=batch_size))
-        optimizer.param_groups[0]["lr"] = rate(number)
-        optimizer.zero_grad()
-        model(x, labels=x).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        starts = torch.randint(len(data.tokens) - T, (batch_size,))
+        x = torch.stack([torch.from_numpy(data.tokens[i : i + T].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data.tokens[i + 1 : i + T + 1].astype(np.int64)) for i in starts])
+        loss = loss_of(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return model
+        optimizer.zero_grad()
+        return loss.item()
 
     return step
 
 
-def nanogpt_recipe(config, data, val_data, tokenizer, steps=2000):
-    """All of nanoGPT's recipe for Shakespeare on a CPU, in transformers -> bits per byte.
-
-    2,000 steps of 12 windows, AdamW with a warm-up of 100 steps to 0.001 and a cosine to a tenth of that (its README
-    and config/train_shakespeare_char.py).
-    """
-    step = train(
-        config,
-        data,
-        12,
-        rate=lambda i: 1e-3 * min((i + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * (i - 100) / (steps - 100))),
-    )
-    for number in range(steps):
-        model = step(number)
-
-    class Scored(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, idx, targets):
-            logits = self.model(idx).logits
-            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    return gpt.evaluate(Scored(), val_data, tokenizer)["bits_per_byte"]
+def train_nanogpt(config, data, batch_size, folder=None):
+    """The model above, or that of the model.py in a folder with nanoGPT."""
+    if folder is None:
+        model = NanoGPT(config)
+    else:
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(folder, "model.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(**dataclasses.asdict(config), bias=False))
+    decayed = {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1}
+    others = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], 1e-3, (0.9, 0.99))
+    return plain_loop(model, optimizer, lambda x, y: model(x, y)[1], data, batch_size)
 
 
-def tokens_of(step, new):
-    """How many tokens a step of generating makes: step 0, to warm up, a few."""
-    return new if step else min(8, new)
-
-
-def generate(dtype, streams, prompt, new):
-    """GPT-2 in transformers: `new` tokens, greedily, after prompts of `prompt` tokens."""
+def transformers_model(config):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(eos_token_id=None)).eval().to(getattr(torch, dtype))
-    idx = torch.arange(prompt).repeat(streams, 1)
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    return GPT2LMHeadModel(GPT2Config(**shape, **dropouts, n_positions=config.block_size, eos_token_id=None))
+
+
+def finetune_transformers(config, data, batch_size):
+    model = transformers_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    return plain_loop(model, optimizer, lambda x, y: model(x, labels=x).loss, data, batch_size)
+
+
+def generate_transformers(config, dtype, idx, lengths):
+    model = transformers_model(config).eval().to(getattr(torch, dtype))
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
-    return lambda number: model.generate(idx + number, max_new_tokens=tokens_of(number, new), **options)
+    return lambda number: model.generate(idx + number, max_new_tokens=lengths(number), **options)
 
 
-def generate_llama(file, prompt, new):
-    """llama.cpp with a GGUF file, where llama-cpp-python is installed."""
+def generate_llama(config, dtype, idx, lengths):
+    """llama.cpp, with a file of extras.export's."""
     from llama_cpp import Llama
 
-    model = Llama(str(file), n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
+    from extras.export import to_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "gpt2.gguf")
+        words = {b"%d," % i: i for i in range(256, config.vocab_size - 1)}
+        tokenizer = gpt.Tokenizer({bytes([i]): i for i in range(256)} | words, "bpe")
+        to_gguf(gpt.GPT(config), tokenizer, file, dtype)
+        model = Llama(str(file), n_ctx=config.block_size, n_threads=torch.get_num_threads(), verbose=False)
 
     def step(number):
         model.reset()
-        for made, _ in enumerate(model.generate([token + number for token in range(prompt)], temp=0.0), 1):
-            if made == tokens_of(number, new):
-                return
+        tokens = model.generate((idx[0] + number).tolist(), temp=0.0)
+        return [next(tokens) for _ in range(lengths(number))]
 
     return step
 
 
-def generate_ctranslate2(dtype, prompt, new):
-    """CTranslate2, with transformers' weights, where ctranslate2 is installed."""
+def generate_ctranslate2(config, dtype, idx, lengths):
+    """CTranslate2, with transformers' weights."""
     import ctranslate2
     from ctranslate2.converters.transformers import GPT2Loader
-    from transformers import GPT2Config, GPT2LMHeadModel
 
+    spec = GPT2Loader().get_model_spec(transformers_model(config))
+    spec.register_vocabulary([str(i) for i in range(config.vocab_size)])
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(config.vocab_size - 1)
+    spec.validate()
+    spec.optimize(quantization=dtype)
     with tempfile.TemporaryDirectory() as folder:
-        spec = GPT2Loader().get_model_spec(GPT2LMHeadModel(GPT2Config()))
-        spec.register_vocabulary([f"{i}" for i in range(50257)])
-        spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "50256"
-        spec.validate()
-        spec.optimize(quantization=dtype)
         spec.save(folder)
         model = ctranslate2.Generator(folder, compute_type=dtype, intra_threads=torch.get_num_threads())
 
     def step(number):
-        idx = [f"{token + number}" for token in range(prompt)]
-        wanted = tokens_of(number, new)
-        options = {"min_length": wanted, "sampling_topk": 1, "include_prompt_in_result": False}
-        (made,) = model.generate_batch([idx], max_length=wanted, **options)
-        gpt.require(len(made.sequences_ids[0]) == wanted, "CTranslate2 made another number of tokens")
+        prompt = [str(i) for i in (idx[0] + number).tolist()]
+        options = {"sampling_topk": 1, "include_prompt_in_result": False}
+        length = lengths(number)
+        return model.generate_batch([prompt], min_length=length, max_length=length, **options)
 
     return step
+
+
+GENERATORS = {
+    "transformers": generate_transformers,
+    "llama.cpp": generate_llama,
+    "CTranslate2": generate_ctranslate2,
+}

@@ -1,202 +1,151 @@
+"""The closed forms are what PyTorch counts and keeps; each workload runs; a table compares like with like."""
+
+import functools
 import json
-import os
+import shlex
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import regex
 import torch
-from conftest import PROSE, ROOT, TINY
+from conftest import rows_of, run_main, script
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 from bench import __main__ as bench
-from bench import workloads
+from bench import peers, scaling, workloads
+from gpt import GPT, GPTConfig
 
+SHAPES = [
+    GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40),
+    GPTConfig(block_size=16, vocab_size=300, n_layer=3, n_head=1, n_embd=8),
+]
+FAST = ["train: nanoGPT, float32", "finetune: finetune.py, lora", "generate-8: sample.py, int8"]
 WORKLOADS = [
-    pytest.param(part, name, marks=[pytest.mark.slow] if part == "compile" else [])
+    pytest.param(part, workload, marks=[] if f"{part}: {workload}" in FAST else [pytest.mark.slow])
     for part in bench.PARTS
-    if part not in ("scaling", "corpus", "quality")
-    for name in bench.PARTS[part].workloads
+    for workload in bench.PARTS[part].workloads
 ]
 
 
-@pytest.fixture(autouse=True)
-def tiny_gpt2(monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    original, tiny = transformers.GPT2Config, {"n_layer": 3, "n_head": 2, "n_embd": 32}
-    monkeypatch.setitem(gpt.PRESETS, "gpt2", {"vocab_size": 50257, "block_size": 1024, **tiny})
-    monkeypatch.setattr(
-        transformers, "GPT2Config", lambda **fields: original(**({"n_positions": 1024} | tiny | fields))
-    )
-    for shape in bench.SHAPES.values():
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_parameters_flops_and_memory_are_those_of_a_step(config, monkeypatch):
+    monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=False))  # whose products are counted
+    model, found = GPT(config), scaling.memory(config, 3, config.block_size)
+    (optimizer,) = gpt.make_optimizers(model, gpt.TrainConfig(optimizer="adamw"))
+    idx = torch.randint(0, config.vocab_size, (3, config.block_size))
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    optimizer.step()
+    averages = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim() > 0]
+    assert scaling.flops(config, 3, config.block_size) == counter.get_total_flops()
+    assert scaling.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert found["weights"] == found["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    assert found["averages"] == sum(average.nbytes for average in averages)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monkeypatch):
+    monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=fused))
+    model, kept = GPT(config), {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    idx, targets = torch.randint(0, config.vocab_size, (2, 3, config.block_size))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        _, loss = model(idx, targets)  # loss holds on to the graph
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) == scaling.activations(config, 3, config.block_size, bfloat16, fused) and loss > 0
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    shape = {"vocab_size": 1100, "block_size": 1024, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    monkeypatch.setitem(gpt.PRESETS, "gpt2", shape)
+    for shape in workloads.SHAPES.values():
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
-    monkeypatch.setattr(workloads, "NEW", 4)
     threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)  # the same
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("part", "name"), WORKLOADS, ids=str)
-def test_each_workload_runs_and_is_measured(part, name, capfd):
-    for peer, module in bench.OPTIONAL.items():
-        if peer in name:
-            pytest.importorskip(module)
-    bench.main([part, "--only", name, "--steps", "2"])
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert found["seconds"] > 0 and found["memory"] >= 0
+@pytest.mark.parametrize(("part", "workload"), WORKLOADS)
+def test_each_workload_runs_and_is_measured(part, workload, tiny, capsys):
+    pytest.importorskip(bench.LIBRARIES.get(workload.split(", ")[0], "torch"))
+    bench.main([part, "--only", workload, "--steps", "2"])
+    (figures,) = rows_of(capsys)
+    assert figures["seconds"] > 0 and figures["memory"] >= 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_what_is_timed_is_a_generation_of_that_many_tokens(dtype, monkeypatch):
-    """And step 0, which warms up, one of a few."""
-    monkeypatch.setattr(workloads, "NEW", 10)
-    for generate in (workloads.generate(dtype, 3), workloads.generate("float32", 3, peer="transformers")):
-        assert generate(1).shape == (3, workloads.PROMPT + 10) and generate(0).shape == (3, workloads.PROMPT + 8)
-
-
-@pytest.mark.parametrize("form", ["table", "json"])
-def test_the_best_of_all_rounds_counts_and_ratios_are_those_to_the_peer(form, monkeypatch, capsys):
-    calls = []
-
-    def run(script, **_):
-        calls.append(script[script.index("--only") + 1])
-        seconds = (4.0 if "transformers" in calls[-1] else 1.0) + len(calls) / 1000
-        return subprocess.CompletedProcess(
-            script, 0, json.dumps({"seconds": seconds, "memory": 10**9 * (3 - len(calls) // 9)}), ""
-        )
-
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    bench.main(["finetune", "--rounds", "2", *(["--json"] if form == "json" else [])])
-    workloads = bench.PARTS["finetune"].workloads
-    assert calls == [*workloads] * 2, "in turn"
-    lines = capsys.readouterr().out.splitlines()
-    if form == "json":
-        rows = [json.loads(line) for line in lines]
-        assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == pytest.approx(4.001 / 1.002)
-    else:
-        assert len(lines) == 1 + len(workloads) and lines[2].split()[-4:] == ["1.00", "3.99", "3.00", "GB"]
-
-
-def test_unasked_it_trains_and_generates_and_leaves_out_what_is_not_installed(monkeypatch, capsys):
-    calls = []
-
-    def run(script, **_):
-        calls.append((script[script.index("--only") - 1], script[script.index("--only") + 1]))
-        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": 0.5, "memory": None}), "")
-
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    bench.main(["--rounds", "1"])
-    assert calls == [
-        (part, name)
-        for part in ("train", "generate")
-        for name in bench.PARTS[part].workloads
-        if not any(peer in name for peer in bench.OPTIONAL)
-    ]
-    out, err = capsys.readouterr()
-    assert f"{12 * 64 / 0.5:,.0f}" in out and f"{4 * 50 / 0.5:,.0f}" in out and "tokens/s" in out and "torch" in err
-
-
-def test_a_run_to_quality_is_a_whole_training_and_fails_if_it_falls_short(monkeypatch, capfd):
-    monkeypatch.setattr(gpt, "SHAKESPEARE", "http://127.0.0.1:9")  # nothing is fetched
-    monkeypatch.setitem(workloads.SHAPES["small"], "vocab_size", 257)
-    Path(".cache").mkdir()
-    Path(".cache/shakespeare.txt").write_text(PROSE)
-    workloads.to_quality(peer=True, steps=120)(1)
-    assert float(regex.search(r"comes to ([\d.]+) bits per byte", capfd.readouterr().err)[1]) < 6
-    monkeypatch.setattr(workloads, "QUICK", [*workloads.QUICK, *TINY[2:]])
-    bench.main(["quality", "--only", "gpt.py, until it is as good"])
-    assert json.loads(capfd.readouterr().out.splitlines()[-1])["seconds"] > 0
-    monkeypatch.setattr(workloads, "QUALITY", 0.01)
-    with pytest.raises(gpt.InputError, match="bits per byte only"):
-        workloads.to_quality()(1)
-
-
-def test_two_processes_are_started_by_torchrun(monkeypatch):
-    scripts = []
-
-    def run(script, **_):
-        scripts.append(script)
-        return subprocess.CompletedProcess(script, 0, json.dumps({"seconds": 0.5, "memory": None}), "")
-
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    bench.main(["processes", "--rounds", "1"])
-    assert ["torch.distributed.run" in script for script in scripts] == [False, False, True]
-
-
+@pytest.mark.slow
 def test_two_processes_share_a_step():
-    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "bench"]
-    done = subprocess.run(
-        [*script, "processes", "--only", bench.TWO, "--steps", "2"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    options = "--standalone --nproc_per_node=2 -m bench processes --only 'gpt.py, 2 processes' --steps 2"
+    done = script("torch.distributed.run", *shlex.split(options))
     assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
 
 
-def test_the_profile_names_all_of_a_step(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "validating", lambda steps: 0.125)
-    bench.main(["--profile", "--steps", "2", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found.pop("validation") == 0.125 and found.keys() == workloads.SHAPES.keys()
-    for shares in found.values():
-        assert (
-            sum(shares.values()) == pytest.approx(1)
-            and {"matrix products", "data", "Python", "optimizer and clipping"} <= shares.keys()
-        )
-        assert shares.get("other", 0) < 0.25
-    bench.main(["--profile", "--steps", "1"])
-    out = capsys.readouterr().out
-    assert "matrix products" in out and "12.5% of a run" in out
+@pytest.mark.parametrize("program", ["gpt.py", "transformers"])
+def test_a_step_generates_as_many_tokens_as_the_rate_assumes(program, tiny):
+    step = workloads.generate(program, "float32", 3, prompt=16, new=10)
+    assert step(1).shape == (3, 26) and step(0).shape == (3, 24)
 
 
-def test_the_share_of_validation_is_that_of_a_whole_run(prose, monkeypatch):
-    """Nine validations and 800 steps at the defaults. Here a validation takes 1 s, its save 0.5 s and a step 0.1 s."""
-    clock = [0.0]
-
-    def taking(seconds, function):
-        def taken(*args, **options):
-            clock[0] += seconds
-            return function(*args, **options)
-
-        return taken
-
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(gpt, "evaluate", taking(1.0, gpt.evaluate))
-    monkeypatch.setattr(gpt, "forward_backward", taking(0.1, gpt.forward_backward))
-    monkeypatch.setattr(gpt, "save_run", taking(0.5, gpt.save_run))
-    share = workloads.validating(20, [*TINY, "--data", str(prose), "--max_steps", "20", "--eval_interval", "20"])
-    assert share == pytest.approx(9 * 1.5 / (9 * 1.5 + 800 * 0.1))
+def test_the_copy_of_nanogpt_is_causal_and_learns_and_the_original_can_take_its_place(own_folder):
+    config = GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=2, n_embd=16)
+    a, b = torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 59]])
+    model = peers.NanoGPT(config)
+    assert torch.allclose(model(a, a)[0][:, :7], model(b, b)[0][:, :7], atol=1e-6)
+    data = gpt.TokenDataset(torch.arange(600).remainder(60).numpy(), 8)
+    losses = list(map(peers.train_nanogpt(config, data, 16), range(150)))
+    assert losses[0] == pytest.approx(4.1, abs=0.2) and losses[-1] < 3
+    original = "from types import SimpleNamespace as GPTConfig\nfrom bench.peers import NanoGPT as GPT\n"
+    (own_folder / "model.py").write_text(original)
+    assert peers.train_nanogpt(config, data, 16, own_folder)(0) == pytest.approx(4.1, abs=0.2)
 
 
-BAD = {
-    "nothing": (["nothing"], "there is no part nothing: choose among finetune, train"),
-    "no rounds": (["finetune", "--rounds", "0"], "--rounds is 0"),
-    "no steps": (["finetune", "--steps", "0"], "--steps is 0"),
-    "no steps to profile": (["--profile", "--steps", "-1"], "--steps is -1"),
-    "another workload": (["finetune", "--only", "prayer"], "--only is one of 'transformers"),
-}
+@pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0.0), ("bfloat16", 0.1)])
+def test_the_profile_names_nearly_all_of_a_step(dtype, dropout, tiny):
+    step = workloads.train("gpt.py", dtype, "small", dropout)
+    shares = scaling.shares(scaling.operations(step, 2))
+    used = {kind for kind, share in shares.items() if share > 0}
+    assert set(scaling.KINDS) - used <= (set() if dropout else {"dropout"})
+    assert sum(shares.values()) == pytest.approx(1) and shares["other"] < 0.1
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(case, capsys):
-    argv, message = BAD[case]
-    with pytest.raises(SystemExit) as end:
-        bench.main(argv)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+def test_workloads_take_turns_and_the_best_round_is_compared_to_the_peer(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **_):  # the peer takes 4 seconds, each other a little more than 1
+        commands.append(command)
+        figures = {"seconds": 4.0 if "transformers" in command[-3] else 1 + len(commands) / 1000, "memory": 2e6}
+        return subprocess.CompletedProcess(command, 0, json.dumps(figures), "")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setitem(bench.LIBRARIES, "transformers", "torch")
+    bench.main(["generate-8", "--rounds", "2", "--json"])
+    assert [command[-3] for command in commands] == [*workloads.GENERATE] * 2
+    rows = rows_of(capsys)
+    assert rows[0]["per_second"] == 8 * 200 / 4 and rows[0]["ratio"] == 1
+    assert rows[1]["ratio"] == pytest.approx(4 / 1.002) and rows[1]["megabytes"] == 2
+    monkeypatch.setitem(bench.LIBRARIES, "transformers", "not_installed")
+    bench.main(["generate-8", "processes", "--rounds", "1"])
+    assert [command[-3] for command in commands[8:]] == [*workloads.GENERATE[1:], *workloads.WORKERS]
+    assert ["torch.distributed.run" in command for command in commands[-3:]] == [False, False, True]
+    assert len(capsys.readouterr().out.splitlines()) == 4 + 4
 
 
-def test_without_the_peers_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    for part, peer in (("finetune", "transformers, full, float32"), ("generate", "CTranslate2, int8")):
-        with pytest.raises(SystemExit) as end:
-            bench.main([part, "--only", peer])
-        assert end.value.code == 2 and "pip install -r requirements-dev.txt" in capsys.readouterr().err
-    bench.main(["finetune", "--only", "finetune.py, bias", "--steps", "1"])  # which needs none
-    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+BAD = ["x", "--rounds 0", "profile --only x", "--nanogpt x", "generate --only 'llama.cpp, q8_0'"]
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_bad_input_is_one_line_and_status_2(argv, monkeypatch, capsys):
+    monkeypatch.setitem(bench.LIBRARIES, "llama.cpp", "not_installed")
+    run_main(bench.main, *shlex.split(argv), expect=2)
+    assert regex.fullmatch(r"error: .+\n", capsys.readouterr().err)
