@@ -120,6 +120,8 @@ def main(argv=None):
     add("--text", action="store_true", help="print tables, and write no page")
     add("--json", action="store_true", help="print all numbers as one JSON object, and write no page")
     args = parser.parse_args(argv)
+    require(0 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 0 to 2**31")
+    require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
     out = Path(args.out)
     unwritten = args.text or args.json or not out.exists()
     free = args.overwrite or unwritten or (out.is_file() and MARK in out.read_text(errors="replace")[:2000])

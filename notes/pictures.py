@@ -8,10 +8,11 @@ python -m notes.pictures --model shakespeare --curves checkpoints/dropout checkp
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
-import explore
 import gpt
+from debug.activations import inspect
 from debug.curve import read_log
 from extras.checkpoints import read_config
 from gpt import InputError, TrainConfig, command, load_checkpoint, require
@@ -123,6 +124,20 @@ def read_run(folder):
     return read_config(folder)["model"]["dropout"], *columns
 
 
+def draw_attention(attention, tokens, path):
+    """A map for each head (columns) of each block (rows): each token looks at the tokens before it."""
+    from matplotlib.colors import PowerNorm
+
+    n_layer, n_head, T, _ = attention.shape
+    figure, grid = canvas(n_layer, n_head, height=1.9 * n_layer)
+    for (layer, head), axes in np.ndenumerate(np.reshape(grid, (n_layer, n_head))):
+        axes.imshow(attention[layer, head], cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # small weights show, too
+        axes.set(title=f"block {layer}, head {head}", xticks=[], yticks=[])
+        if head == 0:
+            axes.set_yticks(range(T), tokens, fontsize=6, parse_math=False)
+    save(figure, path)
+
+
 def draw_curves(runs, path):
     """Training and validation loss of several runs."""
     figure, axes = canvas(1, 1, height=4)
@@ -164,8 +179,9 @@ def main(argv=None):
     draw_schedule(folder / "schedule.png")
     draw_tokens(vocabularies, folder / "tokens.png")
     draw_sampling(model, tokenizer, folder / "sampling.png")
-    found, attention = explore.inspect(model, tokenizer, "ROMEO:\nMy love, I will not speak of it.")
-    explore.plot_attention(attention, [row["token"] for row in found["tokens"][:-1]], folder / "attention.png")
+    ids = tokenizer.encode("ROMEO:\nMy love, I will not speak of it.")[-model.config.block_size :]
+    tokens = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
+    draw_attention(inspect(model, ids)["attention"].numpy(), tokens, folder / "attention.png")
     if runs:
         draw_curves(runs, folder / "dropout.png")
     print(f"the pictures are in {folder}")
