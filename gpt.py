@@ -674,11 +674,13 @@ def resolve_device(name):
 
 
 def resolve_dtype(name, device):
-    """auto -> bfloat16 where the processor computes it natively, else float32: emulation would be slower."""
-    native = device.type == "cpu" and any(on for key, on in torch.cpu.get_capabilities().items() if "bf16" in key)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if native else "float32"
+    """auto -> bfloat16 where its matrix products are fast, else float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = {key for key, value in torch.cpu.get_capabilities().items() if value}
+        intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")  # there, without AMX, at half the speed
+        fast = "amx_bf16" in can or (not intel and any("bf16" in key for key in can))
+    auto = "bfloat16" if fast else "float32"
     return getattr(torch, auto if name == "auto" else name)
 
 

@@ -65,7 +65,7 @@ def open_model(name, device="cpu", dtype="float32", adapter=None):
         lora.load_adapter(model, adapter, name)
     if dtype == "int8":
         return int8.quantize(model).to(device), tokenizer
-    return model.to(device, gpt.resolve_dtype(dtype, torch.device(device))), tokenizer
+    return model.to(device, native.resolve_dtype(dtype, torch.device(device))), tokenizer
 
 
 def decode_stream(tokenizer, ids):

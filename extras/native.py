@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gpt import GPT, resolve_dtype
+import gpt
+from gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp"]
@@ -128,6 +129,17 @@ def multiply(layer, x):
 
 
 # ---- Generation ----
+def resolve_dtype(name, device):
+    """As gpt.resolve_dtype, but auto is bfloat16 on every processor that has its instructions.
+
+    A generated token reads all weights once, so their size counts, even where products of bfloat16 are slow.
+    """
+    has_bfloat16 = any(value and "bf16" in key for key, value in torch.cpu.get_capabilities().items())
+    if name == "auto" and device.type == "cpu" and has_bfloat16:
+        return torch.bfloat16
+    return gpt.resolve_dtype(name, device)
+
+
 def applies(model):
     """Whether C can generate: in eval mode, on a CPU, with ordinary or int8 layers and no adapter."""
     layers = [model.lm_head, *(layer for block in model.transformer.h for layer in layers_of(block))]
@@ -145,7 +157,7 @@ class Generation:
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        emulated = resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
+        emulated = gpt.resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
         self.most_rows = MOST_ROWS if emulated or model.lm_head.weight.dtype != torch.bfloat16 else 2  # C is faster
 
     def hidden(self, idx, caches):

@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import gpt
+from extras import native
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
 
@@ -863,3 +864,19 @@ def test_running_out_of_memory_is_an_error_line_and_a_bug_keeps_its_traceback(ca
         assert capsys.readouterr().err.startswith("error: out of memory")
     with pytest.raises(RuntimeError, match="shapes"):
         fail(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "training", "generating"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_fast(cpu, training, generating, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    device = torch.device("cpu")
+    assert gpt.resolve_dtype("auto", device) == training and native.resolve_dtype("auto", device) == generating
+    assert gpt.resolve_dtype("bfloat16", device) == torch.bfloat16
