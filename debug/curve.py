@@ -11,7 +11,7 @@ import gpt
 from extras.tables import show
 from gpt import InputError, find_checkpoint, log, require
 
-COLUMNS = ("step", "train_loss", "val_loss", "val_bits_per_byte")
+COLUMNS = ("step", "lr", "train_loss", "val_loss", "val_bits_per_byte")
 
 
 def read_log(path):
@@ -31,6 +31,8 @@ ADVICE = {
     "overfitting": "use more text, more --dropout, fewer steps or a smaller model; the best step is saved",
     "too short to tell": "train longer, or with a smaller --eval_interval",
     "too fast at the start": "try a smaller --lr or more --warmup_steps",
+    "memorizing": "the training loss is far below: more steps need more text, or more --dropout with them",
+    "ended by its schedule": "it fell to the end, as the learning rate ran out: start a new run with more --max_steps",
     "still falling": "more --max_steps will help",
     "plateau": "more steps alone won't help: try a larger model, more text or another --lr",
 }
@@ -38,8 +40,7 @@ ADVICE = {
 
 def read_curve(rows):
     """Rows of a log -> the index of the best, and [(finding, the index where it begins), ...]."""
-    train = np.array([row["train_loss"] for row in rows])
-    val = np.array([row["val_loss"] for row in rows])
+    lr, train, val = (np.array([row[key] for row in rows]) for key in ("lr", "train_loss", "val_loss"))
     broken = ~np.isfinite(val)
     best = int(np.argmin(np.where(broken, np.inf, val)))
     last = len(val) - 1
@@ -50,7 +51,7 @@ def read_curve(rows):
     if best < last - 1 and val[-1] - val[best] > noise:
         learned = train[best : best + 2]
         learned = learned[np.isfinite(learned)]  # at step 0 there is no training loss yet
-        overfitting = len(learned) and train[-1] < learned[0]
+        overfitting = len(learned) and train[-1] < min(learned[0], 0.95 * val[-1])
         return best, [("overfitting" if overfitting else "diverged", best)]
     if len(val) < 5:
         return best, [("too short to tell", last)]
@@ -59,7 +60,12 @@ def read_curve(rows):
     rises = np.diff(val[: quarter + 1]) > max(0.02 * fall, 0.005 * val[best])
     if rises.any():
         found.append(("too fast at the start", int(np.argmax(rises)) + 1))
-    if val[:-quarter].min() - val[best] > noise:
+    falling = val[:-quarter].min() - val[best] > noise
+    if falling and val[best] - train[best] > 0.1 * val[best]:
+        found.append(("memorizing", last))
+    elif falling and lr[-1] < 0.1 * lr.max():
+        found.append(("ended by its schedule", last))
+    elif falling:
         found.append(("still falling", last))
     else:
         found.append(("plateau", last - quarter))

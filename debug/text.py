@@ -7,16 +7,19 @@ distinct-n is from Li et al. 2016, "A Diversity-Promoting Objective Function".
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 import torch
 
 import gpt
 from debug.activations import entropy, hooked
+from extras.checkpoints import training_text
 from extras.tables import show
 from gpt import load_checkpoint, log, require
 
 TEMPERATURES = (0, 0.5, 0.8, 1.0, 1.5)
+SAMPLES = 8  # a single one is a coin flip: repetition was 0 to 47% over eight seeds
 
 
 def longest_loop(ids, longest_period=64):
@@ -79,23 +82,65 @@ def verdict(row, vocab_size):
     return [name for name, wrong in found.items() if wrong] or ["no problem found"]
 
 
-def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed):
-    """Continue a prompt at each temperature (0 is greedy) -> rows of figures, what is wrong, and the text."""
+def copied(text, source, least=50):
+    """The longest run of characters that is in source, too, and the share of the text in such runs of `least` or more.
+
+    Runs of one repeated character don't count.
+    """
+    longest, covered, start, counted = "", 0, 0, 0
+    for end in range(1, len(text) + 1):
+        while text[start:end] not in source:
+            start += 1
+        run = text[start:end]
+        if len(set(run)) < 2:
+            continue
+        longest = max(longest, run, key=len)
+        if len(run) >= least:
+            covered += end - max(start, counted)
+            counted = end
+    return longest, covered / max(1, len(text))
+
+
+def generate(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+    """Continue a prompt SAMPLES times, greedily once -> for each its ids, the entropy before each, the loss of each."""
     device = next(model.parameters()).device
-    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
+    count = SAMPLES if temperature else 1
+    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]] * count, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    samples, ended = [([], [], []) for _ in range(count)], [False] * count
+    with hooked({"head": (model.lm_head, "out")}) as seen:
+        for tokens in model.stream(idx, max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
+            logits = seen["head"].pop().float()  # (B, V)
+            losses = -logits.log_softmax(-1).gather(1, tokens)  # (B, 1)
+            for b, (i, uncertainty, loss) in enumerate(zip(tokens, entropy(logits), losses, strict=True)):
+                ended[b] = ended[b] or i.item() == tokenizer.eot
+                if not ended[b]:
+                    for values, value in zip(samples[b], (i, uncertainty, loss), strict=True):
+                        values.append(value.item())
+    return samples
+
+
+def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, source=""):
+    """Continue a prompt at each temperature (0 is greedy) -> rows: medians, what most samples show, the first text.
+
+    source is the training text, in which copied runs are looked for.
+    """
     for temperature in temperatures:
-        generator = torch.Generator(device).manual_seed(seed)
-        ids, entropies, losses = [], [], []
-        with hooked({"head": (model.lm_head, "out")}) as seen:
-            for token in model.stream(idx, max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
-                logits = seen["head"].pop()[0].float()  # (V,)
-                if token.item() != tokenizer.eot:
-                    ids.append(token.item())
-                    entropies.append(entropy(logits).item())
-                    losses.append(-logits.log_softmax(-1)[token.item()].item())
-        text = tokenizer.decode(i for i in ids if i < tokenizer.vocab_size).removesuffix("\ufffd")  # cut at the end
-        row = measure(ids, entropies, losses, text, max_new_tokens)
-        yield {"temperature": temperature, **row, "verdict": verdict(row, model.config.vocab_size), "text": text}
+        measured, texts = [], []
+        for ids, entropies, losses in generate(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+            text = tokenizer.decode(i for i in ids if i < tokenizer.vocab_size).removesuffix("\ufffd")  # cut at the end
+            measured.append(measure(ids, entropies, losses, text, max_new_tokens))
+            texts.append(text)
+        row = {"temperature": temperature, "samples": len(texts)}
+        row |= {key: float(np.median([figures[key] for figures in measured])) for key in measured[0]}
+        repeated = [figures["repeated"] for figures in measured]
+        row["repeated_range"] = [min(repeated), max(repeated)]
+        shared = [copied(text, source) for text in texts]
+        row["copied_run"] = max((run for run, _ in shared), key=len)
+        row["copied"] = float(np.mean([share for _, share in shared]))
+        verdicts = Counter(name for figures in measured for name in verdict(figures, model.config.vocab_size))
+        shown = [name for name, count in verdicts.items() if count > len(texts) / 2 and name in ADVICE]
+        yield row | {"verdict": shown or ["no problem found"], "text": texts[0]}
 
 
 @gpt.command
@@ -112,14 +157,25 @@ def main(argv=None):
     require(1 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 1 to 2**31")
     require(0 <= args.seed <= 2**32, f"--seed is {args.seed}, expected 0 to 2**32")
     model, tokenizer = load_checkpoint(args.model, gpt.resolve_device(args.device))
-    rows = diagnose(model, tokenizer, args.prompt, args.max_new_tokens, TEMPERATURES, args.seed)
+    source = ""
+    names, _ = training_text(args.model)
+    try:
+        source = "\0".join(gpt.load_texts(names)) if names else ""
+    except gpt.InputError as error:
+        log(f"without the training text, copies can't be found: {error}")
+    rows = diagnose(model, tokenizer, args.prompt, args.max_new_tokens, TEMPERATURES, args.seed, source)
     if args.json:
         return show(rows, True)
     rows = list(rows)
-    keys = ("temperature", "tokens", "repeated", "loop", "distinct_2", "entropy_start", "entropy_end", "verdict")
-    show(rows, columns={key: key for key in keys})
+    for row in rows:
+        low, high = row["repeated_range"]
+        row["repeated in 4-grams"] = f"{row['repeated']:.0%} ({low:.0%} to {high:.0%})"
+        row["copied run"] = len(row["copied_run"])
+    keys = ("temperature", "samples", "tokens", "repeated in 4-grams", "loop", "entropy_start", "entropy_end")
+    show(rows, columns={key: key for key in (*keys, "copied run", "copied", "verdict")})
     for row in rows:
         print(f"{row['temperature']:g}: {row['text'][:160]!r}")
+    print(f"the longest run that is in the training text, too: {max((row['copied_run'] for row in rows), key=len)!r}")
     found = {name for row in rows for name in row["verdict"]}
     for name in sorted(found & ADVICE.keys()):
         log(f"{name}: {ADVICE[name]}")

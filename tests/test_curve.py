@@ -21,22 +21,80 @@ CURVES = [  # validation losses, training losses (or the same), finding, where i
     ([6, 5, 4, 5, 7, 9, 9], None, "diverged", 2),
     ([10.9, 6, 4, 3.5, 7.1, 7.1, 7.1], [NAN, 8, 5, 4, 7, 7.1, 7.1], "diverged", 3),  # still below the start
     ([6, 5, NAN, 4, 3, 2], None, "diverged", 2),
+    ([5.5, 30, 20, 12, 9, 7, 6.5], [NAN, 28, 22, 14, 10, 7.5, 6.6], "diverged", 0),
     ([6, 5, 4], None, "too short to tell", 2),
 ]
 
 
 @pytest.mark.parametrize(("val", "train", "finding", "at"), CURVES)
 def test_the_shape_of_a_curve_is_named(val, train, finding, at):
-    rows = [{"train_loss": t, "val_loss": v} for t, v in zip(train or val, val, strict=True)]
-    best, found = curve.read_curve(rows)
+    best, found = curve.read_curve(rows_with(val, train or val))
     assert found[0] == (finding, at)
     assert val[best] == min(loss for loss in val if not math.isnan(loss))
+
+
+def rows_with(val, train, lr=0.001, last_lr=0.001):
+    rows = [{"lr": lr, "train_loss": t, "val_loss": v} for t, v in zip(train, val, strict=True)]
+    rows[-1]["lr"] = last_lr
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("gap", "last_lr", "finding"),
+    [
+        (0.1, 0.001, "still falling"),
+        (0.1, 0.0, "ended by its schedule"),
+        (1.2, 0.001, "memorizing"),
+        (1.2, 0.0, "memorizing"),
+    ],
+)
+def test_a_late_fall_is_judged_by_the_gap_and_by_the_learning_rate(gap, last_lr, finding):
+    val = [6.0 - 0.2 * i for i in range(12)]
+    _, found = curve.read_curve(rows_with(val, [loss - gap for loss in val], last_lr=last_lr))
+    assert found == [(finding, 11)]
+
+
+def finding_of(capsys, *flags):
+    """Train for real, at small size -> the first finding, and the best validation loss."""
+    flags = ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 32, "--batch_size", 16, *flags]
+    gpt.main([*map(str, flags), "--overwrite", "--out", "checkpoints/run"])
+    capsys.readouterr()
+    run("run", "--json")
+    best, found = rows_of(capsys)[:2]
+    return found["finding"], best["val_loss"]
+
+
+@pytest.mark.slow
+def test_the_verdicts_on_real_runs_are_right_and_their_advice_helps(capsys):
+    short = ["--tokenizer", "bytes", "--warmup_steps", 10, "--dropout", 0]
+    finding, loss = finding_of(capsys, *short, "--max_steps", 100, "--eval_interval", 10)
+    assert finding == "ended by its schedule"
+    _, longer = finding_of(capsys, *short, "--max_steps", 200, "--eval_interval", 20)
+    assert longer < loss - 0.05, "a new run with more steps helps"
+    finding, loss = finding_of(capsys, *short, "--max_steps", 100, "--eval_interval", 10, "--min_lr", 1)
+    assert finding == "still falling"
+    gpt.main(["--resume", "--out", "checkpoints/run", "--max_steps", "200"])
+    capsys.readouterr()
+    run("run", "--json")
+    assert rows_of(capsys)[0]["val_loss"] < loss - 0.05, "more steps help"
+    Path("few.txt").write_text("".join(gpt.load_texts(["pydoc"]))[:20_000], encoding="utf-8")
+    few = ["--data", "few.txt", "--vocab_size", 300, "--eval_interval", 40, "--warmup_steps", 10]
+    few += ["--n_layer", 2, "--n_embd", 64]
+    finding, loss = finding_of(capsys, *few, "--max_steps", 400, "--dropout", 0)
+    assert finding == "memorizing"
+    assert finding_of(capsys, *few, "--max_steps", 800, "--dropout", 0)[1] > loss, "more steps alone don't help"
+    assert finding_of(capsys, *few, "--max_steps", 1600, "--dropout", 0.15)[1] < loss, "with dropout they do"
+    finding, loss = finding_of(capsys, *short, "--max_steps", 60, "--eval_interval", 6, "--lr", 10, "--grad_clip", 0)
+    assert finding in ("diverged", "too fast at the start")
+    _, slower = finding_of(capsys, *short, "--max_steps", 60, "--eval_interval", 6)
+    assert slower < loss, "a smaller learning rate helps"
 
 
 def test_the_log_of_a_real_run_is_read(mine, capsys):
     losses = [4.0, 3.0, 2.9, 3.2, 3.5]
     rows = [
-        {"step": 100 * i, "train_loss": 4 - i, "val_loss": v, "val_bits_per_byte": v / 2} for i, v in enumerate(losses)
+        {"step": 100 * i, "lr": 0.001, "train_loss": 4 - i, "val_loss": v, "val_bits_per_byte": v / 2}
+        for i, v in enumerate(losses)
     ]
     gpt.save_run({"rows": rows}, mine, [], Path("checkpoints/mine"))
     run("mine", "--json")
@@ -49,7 +107,7 @@ def test_the_log_of_a_real_run_is_read(mine, capsys):
 LOGS = {
     "nothing": None,
     "empty": b"",
-    "words": b"step,train_loss,val_loss,val_bits_per_byte\n1,x,2,3\n",
+    "words": b"step,lr,train_loss,val_loss,val_bits_per_byte\n1,0,x,2,3\n",
     "bytes": b"\xff\xfe\x00",
 }
 

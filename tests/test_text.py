@@ -73,3 +73,35 @@ def test_the_entropies_are_those_before_each_token_up_to_the_end_of_text(mine, m
         logits = mine(torch.tensor([list(b"to beabc")]))[0][0, -4:]
     entropies = torch.distributions.Categorical(logits=logits).entropy().tolist()
     assert [row["entropy_start"], row["entropy_end"]] == pytest.approx([entropies[0], entropies[3]], rel=1e-4)
+
+
+def test_a_failure_is_one_that_most_samples_show(mine, monkeypatch):
+    figures = iter([[4, 5, 5, 5, 1, 1, 1, 1], [5, 5, 5, 5, 5, 1, 1, 1]])
+    calls = []
+
+    def verdict(row, vocab_size):
+        calls.append(row)
+        return ["repetition"] if values.pop(0) > 1 else ["no problem found"]
+
+    monkeypatch.setattr(text, "verdict", verdict)
+    for expected in ("no problem found", "repetition"):
+        values = next(figures)
+        (row,) = text.diagnose(mine, gpt.Tokenizer.bytes(), "to be", 20, (0.8,), 0)
+        assert row["verdict"] == [expected] and row["samples"] == 8 and len(row["repeated_range"]) == 2
+    assert len({call["repeated"] for call in calls} | {call["entropy_end"] for call in calls}) > 2, "samples differ"
+
+
+@pytest.mark.parametrize(
+    ("sample", "run", "share"),
+    [
+        ("nothing here", "not", 0),
+        ("so to be or not to be, that", " to be or not to be, ", 21 / 27),
+        ("          ", "", 0),
+        ("", "", 0),
+        ("not to be, or not to be, ", " or not to be, ", 15 / 25),
+    ],
+)
+def test_copied_runs_are_found(sample, run, share):
+    source = "          to be or not to be, is the question"
+    longest, found = text.copied(sample, source, least=14)
+    assert longest == run and found == pytest.approx(share, abs=1e-6)
