@@ -84,11 +84,13 @@ def to_hf(model, tokenizer, out):
         weights[name] = (p.T if name.endswith(TRANSPOSED) else p).detach().contiguous()
     with replacing(out / "model.safetensors", parents=True) as part:
         save_file(weights, part, {"format": "pt"})
-    for name in ("generation_config.json", "added_tokens.json", "special_tokens_map.json"):
+    for name in ("added_tokens.json", "special_tokens_map.json"):
         (out / name).unlink(missing_ok=True)  # of the model that is overwritten
     vocab, rules = vocabulary(tokenizer), merges(tokenizer)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
     files = {
         "config.json": config_json(model.config, tokenizer.eot),
+        "generation_config.json": ends | {"max_length": model.config.block_size},  # a pipeline's default is 256 more
         "tokenizer.json": tokenizer_json(vocab, rules, tokenizer.eot),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

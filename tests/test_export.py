@@ -69,6 +69,18 @@ def test_transformers_computes_the_same_logits():
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eot
 
 
+def test_the_natural_calls_of_transformers_stay_within_the_context():
+    """A pipeline's default asks for 256 more tokens than the prompt has."""
+    checkpoint()
+    to_hf()
+    pipe = transformers.pipeline("text-generation", model="theirs", device="cpu")
+    text = pipe("The import")[0]["generated_text"]
+    assert text.startswith("The import") and pipe.tokenizer.model_max_length == 32
+    ids = pipe.tokenizer("The import", return_tensors="pt")
+    assert pipe.model.generate(**ids).shape[1] <= 32
+    assert pipe.model.generate(**ids, max_new_tokens=5).shape[1] <= 15
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_transformers_gives_the_same_tokens(kind):
     ours = TOKENIZERS[kind]
