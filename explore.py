@@ -34,6 +34,8 @@ def content(tokenizer, i):
 
 def spell(tokenizer, i):
     """The text of an id; its bytes where they form no character, its number where it has none."""
+    if i == tokenizer.eot:
+        return gpt.EOT
     text = content(tokenizer, i).decode(errors="replace")
     return f"<{content(tokenizer, i).hex(' ')}>" if "\ufffd" in text else text or f"<{i}>"
 
@@ -85,7 +87,7 @@ def show_text(tokenizer, ids, seen):
     names, probs, rows = [repr(spell(tokenizer, i)) for i in ids], seen["logits"].softmax(-1), []
     for t, name in enumerate(names):
         expected = "  ".join(f"{spell(tokenizer, i)!r} {probs[t, i]:.2f}" for i in probs[t].topk(3).indices.tolist())
-        p = probs[t - 1, ids[t]].item() if t else math.nan
+        p = probs[t - 1, ids[t]].item() if t else None
         rows.append({"position": t, "token": name, "probability": p, "expected next": expected})
     tables.show(rows)
     print("\nWhere the last token looks most:")

@@ -46,7 +46,7 @@ class FinetuneConfig(gpt.TrainConfig):
     rank: int = flag(8, "for lora: rank of the update", 1)
     alpha: float = flag(16.0, "for lora: the update is scaled by alpha / rank", 1e-6)
     lora_dropout: float = flag(0.0, "for lora: dropout on the input of the update", 0, 0.99)
-    targets: tuple = flag(("attn.c_attn",), "for lora: which of attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj")
+    targets: tuple = flag(("attn.c_attn",), "for lora: which projections of a block", shown="attn.c_attn")
     data: tuple = flag((), "text files, folders of *.txt, pydoc, shakespeare, or .jsonl files", shown="none")
     out: str = flag(None, "folder for the checkpoint", shown="checkpoints/MODEL-finetuned")
     block_size: int = flag(256, "longest window to train on; never more than the model's context", 1)

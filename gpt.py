@@ -111,7 +111,9 @@ class GPTConfig:
 class TrainConfig:
     """What the model learns from, and how; the defaults are the preset `tiny`."""
 
-    data: tuple = flag(("pydoc",), "text files, folders of *.txt, pydoc, shakespeare, or a folder from extras.prepare")
+    data: tuple = flag(
+        ("pydoc",), "text files, folders, pydoc, shakespeare, or what extras.prepare made", shown="pydoc"
+    )
     tokenizer: str = flag("bpe", "bpe is learned from the text", choices=("bpe", "bytes", "gpt2"))
     out: str = flag("checkpoints/scratch", "folder for the checkpoint", shown="checkpoints/scratch, or /my for my.txt")
     max_steps: int = flag(800, "optimizer steps", 1)
@@ -797,7 +799,7 @@ def find_checkpoint(name):
         if (folder / VOCABULARY).exists():
             return folder
     there = ", ".join(path.parent.name for path in sorted(Path("checkpoints").glob(f"*/{VOCABULARY}")))
-    raise InputError(f"there is no checkpoint {name}, in checkpoints/ there is {there or 'none: run python gpt.py'}")
+    raise InputError(f"there is no checkpoint {name}; checkpoints/ has {there or 'none: run python gpt.py'}")
 
 
 def load_checkpoint(name, device="cpu"):
@@ -968,6 +970,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
         same = run["fingerprints"] == fingerprints
         require(same, f"the data or the base model changed since the run in {folder} began: start a new one")
         restore(tensors, model, optimizers)
+        log(f"resuming at step {run['step']:,} of {config.max_steps:,}")
     if resumed and RANK == 0:  # a crash may have come between two files, or in the middle of one
         describe_checkpoint(folder, model, tokenizer, best)
         for part in folder.glob(".*.part"):
@@ -1022,7 +1025,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             if WORLD_SIZE > 1:  # all processes stop at the same step
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             in_vain = sum(row["step"] > best["step"] for row in rows)
-            if stop or finished or 0 < config.patience <= in_vain:
+            if 0 < config.patience <= in_vain:
+                log(f"finished early: no new best in {in_vain} validations (--patience)")
+                break
+            if stop or finished:
                 break
 
             # forward, backward, clip, step

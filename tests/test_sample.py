@@ -153,7 +153,7 @@ def test_a_long_prompt_keeps_its_last_tokens_and_says_so(checkpoints, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "nobody"], "there is no checkpoint nobody, in checkpoints/ there is first, second"),
+        (["--model", "nobody"], "there is no checkpoint nobody; checkpoints/ has first, second"),
         (["--model", "other"], "python convert_gpt2.py other"),
         (["--model", "adapter"], "--model ITS_BASE --adapter adapter"),
         (["--prompt", "a\ud800"], "is not UTF-8 text"),
