@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 import gpt
+from extras.checkpoints import require_checkpoint
 from extras.tables import show
 from gpt import InputError, TokenDataset, command, flag, load_checkpoint, log, require
-from sample import open_model
 
 METHODS = {  # name -> (pattern in the names of the trainable parameters, peak learning rate, description)
     "full": (r"", 1e-3, "every parameter"),
@@ -151,7 +151,7 @@ def open_base(name):
     if missing and name.startswith("gpt2") and name in gpt.PRESETS:
         instead = ", or use --model scratch" if Path("checkpoints/scratch", gpt.VOCABULARY).exists() else ""
         raise InputError(f"there is no checkpoint {name}: run python convert_gpt2.py {name} first{instead}")
-    return open_model(name)
+    return load_checkpoint(require_checkpoint(name))
 
 
 def choose(model, config):

@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 import textwrap
-from pathlib import Path
 
 
 def add_arguments(parser):
@@ -50,16 +49,13 @@ import torch
 
 import gpt
 from extras import int8, lora, native, tables
+from extras.checkpoints import require_checkpoint
 from gpt import InputError, require
 
 
 def open_model(name, device="cpu", dtype="float32", adapter=None):
     """A folder, or a name under checkpoints/ -> GPT on the device, Tokenizer; dtype is that of --dtype, or int8."""
-    for folder in (Path(name), Path("checkpoints", name)):
-        foreign = (folder / gpt.CONFIG).exists() and not (folder / gpt.VOCABULARY).exists()
-        require(not foreign, f"{folder} is not a checkpoint of ours: is it for python convert_gpt2.py {folder}?")
-        advice = f"use python sample.py --model ITS_BASE --adapter {folder}"
-        require(not (folder / lora.CONFIG).exists(), f"{folder} is an adapter: {advice}")
+    require_checkpoint(name)
     model, tokenizer = gpt.load_checkpoint(name)
     if adapter:
         lora.load_adapter(model, adapter, name)

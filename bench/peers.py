@@ -5,6 +5,8 @@ Each function returns one that makes a step of training or generation.
 
 import dataclasses
 import importlib.util
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -120,13 +122,13 @@ def generate_llama(config, dtype, idx, lengths):
     """llama.cpp, with a file of extras.export's."""
     from llama_cpp import Llama
 
-    from extras.export import to_gguf
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gpt2.gguf")
         words = {b"%d," % i: i for i in range(256, config.vocab_size - 1)}
         tokenizer = gpt.Tokenizer({bytes([i]): i for i in range(256)} | words, "bpe")
-        to_gguf(gpt.GPT(config), tokenizer, file, dtype)
+        gpt.save_checkpoint(Path(folder, "gpt2"), gpt.GPT(config), tokenizer)
+        export = [sys.executable, "-m", "extras.export", str(Path(folder, "gpt2")), "--format", "gguf"]
+        subprocess.run([*export, "--dtype", dtype, "--out", str(file)], check=True, capture_output=True)
         model = Llama(str(file), n_ctx=config.block_size, n_threads=torch.get_num_threads(), verbose=False)
 
     def step(number):

@@ -1,6 +1,7 @@
-"""What config.json says about a checkpoint, beyond what load_checkpoint needs."""
+"""What a folder is, and what its config.json says, beyond what load_checkpoint needs."""
 
 import json
+from pathlib import Path
 
 import gpt
 
@@ -21,3 +22,13 @@ def training_text(name):
     training = read_config(name).get("training", {})
     names = [text for text in training.get("data", []) if not text.endswith((".jsonl", ".ndjson"))]
     return names, training.get("val_bytes", 2**20)
+
+
+def require_checkpoint(name):
+    """The name itself; raises InputError if it is a published model's folder or an adapter, and says what to do."""
+    for folder in (Path(name), Path("checkpoints", name)):
+        foreign = (folder / gpt.CONFIG).exists() and not (folder / gpt.VOCABULARY).exists()
+        gpt.require(not foreign, f"{folder} is not a checkpoint of ours: is it for python convert_gpt2.py {folder}?")
+        advice = f"use python sample.py --model ITS_BASE --adapter {folder}"
+        gpt.require(not (folder / "adapter_config.json").exists(), f"{folder} is an adapter: {advice}")
+    return name

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 from bench import __main__ as bench
-from bench import peers, scaling, workloads
+from bench import peers, scaling
 from gpt import GPT, GPTConfig
 
 SHAPES = [
@@ -68,7 +68,7 @@ def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monke
 def tiny(monkeypatch):
     shape = {"vocab_size": 1100, "block_size": 1024, "n_layer": 2, "n_head": 2, "n_embd": 32}
     monkeypatch.setitem(gpt.PRESETS, "gpt2", shape)
-    for shape in workloads.SHAPES.values():
+    for shape in bench.SHAPES.values():
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
     threads = torch.get_num_threads()
@@ -93,7 +93,7 @@ def test_two_processes_share_a_step():
 
 @pytest.mark.parametrize("program", ["gpt.py", "transformers"])
 def test_a_step_generates_as_many_tokens_as_the_rate_assumes(program, tiny):
-    step = workloads.generate(program, "float32", 3, prompt=16, new=10)
+    step = bench.generate(program, "float32", 3, prompt=16, new=10)
     assert step(1).shape == (3, 26) and step(0).shape == (3, 24)
 
 
@@ -112,7 +112,7 @@ def test_the_copy_of_nanogpt_is_causal_and_learns_and_the_original_can_take_its_
 
 @pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0.0), ("bfloat16", 0.1)])
 def test_the_profile_names_nearly_all_of_a_step(dtype, dropout, tiny):
-    step = workloads.train("gpt.py", dtype, "small", dropout)
+    step = bench.train("gpt.py", dtype, "small", dropout)
     shares = scaling.shares(scaling.operations(step, 2))
     used = {kind for kind, share in shares.items() if share > 0}
     assert set(scaling.KINDS) - used <= (set() if dropout else {"dropout"})
@@ -130,13 +130,13 @@ def test_workloads_take_turns_and_the_best_round_is_compared_to_the_peer(monkeyp
     monkeypatch.setattr(bench.subprocess, "run", run)
     monkeypatch.setitem(bench.LIBRARIES, "transformers", "torch")
     bench.main(["generate-8", "--rounds", "2", "--json"])
-    assert [command[-3] for command in commands] == [*workloads.GENERATE] * 2
+    assert [command[-3] for command in commands] == [*bench.GENERATE] * 2
     rows = rows_of(capsys)
     assert rows[0]["per_second"] == 8 * 200 / 4 and rows[0]["ratio"] == 1
     assert rows[1]["ratio"] == pytest.approx(4 / 1.002) and rows[1]["megabytes"] == 2
     monkeypatch.setitem(bench.LIBRARIES, "transformers", "not_installed")
     bench.main(["generate-8", "processes", "--rounds", "1"])
-    assert [command[-3] for command in commands[8:]] == [*workloads.GENERATE[1:], *workloads.WORKERS]
+    assert [command[-3] for command in commands[8:]] == [*bench.GENERATE[1:], *bench.WORKERS]
     assert ["torch.distributed.run" in command for command in commands[-3:]] == [False, False, True]
     assert len(capsys.readouterr().out.splitlines()) == 4 + 4
 
