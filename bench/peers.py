@@ -128,7 +128,8 @@ def generate_llama(config, dtype, idx, lengths):
         tokenizer = gpt.Tokenizer({bytes([i]): i for i in range(256)} | words, "bpe")
         gpt.save_checkpoint(Path(folder, "gpt2"), gpt.GPT(config), tokenizer)
         export = [sys.executable, "-m", "extras.export", str(Path(folder, "gpt2")), "--format", "gguf"]
-        subprocess.run([*export, "--dtype", dtype, "--out", str(file)], check=True, capture_output=True)
+        command = [*export, "--dtype", dtype, "--out", str(file)]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(gpt.__file__).parent)
         model = Llama(str(file), n_ctx=config.block_size, n_threads=torch.get_num_threads(), verbose=False)
 
     def step(number):
