@@ -679,9 +679,9 @@ def resolve_dtype(name, device):
     """auto -> bfloat16 where its matrix products are fast, else float32."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        can = {key for key, value in torch.cpu.get_capabilities().items() if value}
-        intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")  # there, without AMX, at half the speed
-        fast = "amx_bf16" in can or (not intel and any("bf16" in key for key in can))
+        can = torch.cpu.get_capabilities()
+        slow = "Intel" in can.get("cpu_name", "") and not can.get("amx_bf16")  # half the speed of float32
+        fast = not slow and any(value for key, value in can.items() if "bf16" in key)
     auto = "bfloat16" if fast else "float32"
     return getattr(torch, auto if name == "auto" else name)
 
@@ -1025,10 +1025,10 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             if WORLD_SIZE > 1:  # all processes stop at the same step
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             in_vain = sum(row["step"] > best["step"] for row in rows)
+            if stop or finished:
+                break
             if 0 < config.patience <= in_vain:
                 log(f"finished early: no new best in {in_vain} validations (--patience)")
-                break
-            if stop or finished:
                 break
 
             # forward, backward, clip, step

@@ -111,7 +111,7 @@ def generate(program, dtype, streams=1, prompt=16, new=200):
     model = GPT(config).eval()
     model = int8.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
     if program == "sample.py":
-        model = native.speed_up(model) or model
+        model = native.speed_up(model)
     return lambda number: model.generate(idx + number, lengths(number), temperature=0)
 
 
