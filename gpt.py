@@ -1058,6 +1058,8 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
             if stop:  # otherwise the last validation has saved all
                 save_run(run, model, optimizers, folder)
             plot(rows, folder / "loss.png")
+    if WORLD_SIZE > 1:  # the others wait for the first; a process that ended at once could abort in Gloo's threads
+        dist.barrier()
     if stop:
         log(f"stopped at step {step:,}; go on with --resume --out {folder}" if rows else "nothing was saved")
         raise SystemExit(128 + int(stop))
