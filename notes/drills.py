@@ -10,7 +10,6 @@ A drill ends at the first mistake, since its checks build on each other. Your fi
 """
 
 import copy
-import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -157,7 +156,10 @@ DRILLS = {"attention": check_attention, "Block": check_block, "train": check_tra
 @gpt.command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    gpt.require(len(argv) == 1 and Path(argv[0]).is_file(), f"give one file of yours: {inspect.cleandoc(__doc__)}")
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    gpt.require(len(argv) == 1 and Path(argv[0]).is_file(), "give one Python file of yours; --help says what is in it")
     file = runpy.run_path(argv[0])
     found = [name for name in DRILLS if name in file]
     gpt.require(found, f"{argv[0]} defines none of {', '.join(DRILLS)}")
