@@ -9,6 +9,7 @@ A drill ends at the first mistake, since its checks build on each other. Your fi
                                   AdamW with PyTorch's defaults except lr, the gradient's norm clipped to 1.0
 """
 
+import argparse
 import copy
 import runpy
 import sys
@@ -96,7 +97,7 @@ def check_block(block_class):
     yield "result", same(ours, theirs), "the MLP reads the stream to which attention has been added"
 
 
-def loop(model, batches, lr, shift=1, zero="before", clip="after", optimizer=torch.optim.AdamW):
+def loop(model, batches, lr, shift=1, zero="before", clip=True, optimizer=torch.optim.AdamW):
     """The training loop, or one with a mistake."""
     model.train()
     optimizer, losses = optimizer(model.parameters(), lr), []
@@ -114,11 +115,11 @@ def loop(model, batches, lr, shift=1, zero="before", clip="after", optimizer=tor
     return losses
 
 
-MISTAKES = {
+MISTAKES = {  # what to do, and the options of a loop with that mistake
     "the targets are the inputs themselves: ids[:, :-1] predicts ids[:, 1:]": {"shift": 0},
     "gradients of earlier steps add up: call optimizer.zero_grad() in every step": {"zero": "never"},
     "zero_grad() between backward() and step() throws the gradient away": {"zero": "after"},
-    "the gradient is not clipped: call clip_grad_norm_(parameters, 1.0) between backward() and step()": {"clip": ""},
+    "the gradient is not clipped: call clip_grad_norm_(parameters, 1.0) between backward() and step()": {"clip": False},
     "this is Adam without weight decay; AdamW's default is 0.01": {"optimizer": torch.optim.Adam},
     "this is plain gradient descent, not AdamW": {"optimizer": torch.optim.SGD},
 }
@@ -155,14 +156,13 @@ DRILLS = {"attention": check_attention, "Block": check_block, "train": check_tra
 
 @gpt.command
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    gpt.require(len(argv) == 1 and Path(argv[0]).is_file(), "give one Python file of yours; --help says what is in it")
-    file = runpy.run_path(argv[0])
+    parser = gpt.Parser("drills.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    path = parser.parse_args(argv).file
+    gpt.require(Path(path).is_file(), f"there is no file {path}: give a Python file of yours")
+    file = runpy.run_path(path)
     found = [name for name in DRILLS if name in file]
-    gpt.require(found, f"{argv[0]} defines none of {', '.join(DRILLS)}")
+    gpt.require(found, f"{path} defines none of {', '.join(DRILLS)}: see --help")
     mistakes = 0
     for name in found:
         torch.manual_seed(0)
