@@ -182,7 +182,7 @@ def draw_mask():
                        hue=lambda i, j, past=S - T: "gray" if j > i + past else "teal" if j < past else "blue",
                        strong=lambda i, j, past=S - T: j <= i + past)  # fmt: skip
     picture.text(180, 26, "the whole window at once (training)")
-    picture.text(550, 26, "going on with a cache (generation)")
+    picture.text(550, 26, "continuing with a cache (generation)")
     picture.line((432, 148), (432, 154), (588, 154), (588, 148), hue="teal")
     picture.text(510, 168, "from the cache")
     picture.line((592, 148), (592, 154), (668, 154), (668, 148), hue="blue")

@@ -221,7 +221,7 @@ def draw_nucleus(model, tokenizer, top_p=0.9):
     for row in range(10):
         y = 72 + 25 * row
         picture.text(84, y, shown(tokenizer, order[row]), anchor="end", code=True)
-        width = 120 * probs[row] / probs[0]
+        width = 104 * probs[row] / probs[0]
         picture.box(92, y - 9, width, 18, hue="violet" if row < n_kept else "gray", fill=0.6, line=0, round=0)
         picture.text(98 + width, y, f"{probs[row]:.3f}", size=12, anchor="start")
         picture.text(286, y, f"{sums[row]:.3f}", size=12)
@@ -231,7 +231,7 @@ def draw_nucleus(model, tokenizer, top_p=0.9):
     frame = (402, 36, 290, 240)
     across, down = picture.axes(frame, x_ticks, ticks(0, 1, 5), "tokens, most probable first", "running sum")
     picture.line((402, down(top_p)), (692, down(top_p)), dashes="5 4")
-    picture.text(410, down(top_p) - 11, f"top_p = {top_p}", size=12, anchor="start")
+    picture.text(688, down(top_p) + 11, f"top_p = {top_p}", size=12, anchor="end")
     for i, (prompt, (_, _, sums, n_kept)) in enumerate(zip(PROMPTS, found, strict=True)):
         hue = ("teal", "violet")[i]
         edge = across(math.log10(n_kept))
