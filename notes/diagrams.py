@@ -169,33 +169,35 @@ def draw_qkv():
 
 
 def draw_mask():
-    words = ["the", "cat", "sat", "on", "the", "mat"]
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the"]
     story = (
-        "Left: six queries and six keys, a lower triangle of zeros, minus infinity above it. Right: with a cache of "
-        "four tokens two new queries see the cached keys, and the second sees the first."
+        "Left: eight queries and eight keys, a lower triangle of zeros, minus infinity above it. Right: with five "
+        "tokens in a cache, each of three new queries sees all cached keys, itself, and the new ones before it."
     )
-    picture = Picture("mask", "The causal mask, with and without a cache", story, height=300)
-    for x, T, title in ((60, 6, "6 queries, 6 keys"), (430, 2, "2 queries, 4 of 6 keys from the cache")):
-        S, q = len(words), torch.zeros(T, 1)
-        scores, _, _ = attend(q, torch.zeros(S, 1), torch.zeros(S, 1))
-        picture.matrix(x, 76, whole_or_hidden(scores), names=words[S - T :], columns=words, title=title, cell=(40, 32),
-                       hue=lambda i, j, past=S - T: "gray" if j > i + past else "teal" if j < past else "blue",
-                       strong=lambda i, j, past=S - T: j <= i + past)  # fmt: skip
-    picture.text(180, 26, "the whole window at once (training)")
-    picture.text(550, 26, "continuing with a cache (generation)")
-    picture.line((432, 148), (432, 154), (588, 154), (588, 148), hue="teal")
-    picture.text(510, 168, "from the cache")
-    picture.line((592, 148), (592, 154), (668, 154), (668, 148), hue="blue")
-    picture.text(630, 168, "new")
-    picture.text(420, 214, "rows: queries;  columns: keys", anchor="start")
-    picture.text(420, 236, "0: visible, the score stays as it is", anchor="start")
-    picture.text(420, 258, "−∞: a later token, its weight becomes 0", anchor="start")
+    picture = Picture("mask", "The causal mask, with and without a cache", story, height=330)
+    S = len(words)
+    for x, T, title in ((46, 8, "8 queries, 8 keys"), (422, 3, "3 queries, 5 of 8 keys from the cache")):
+        past = S - T
+        scores, _, _ = attend(torch.zeros(T, 1), torch.zeros(S, 1), torch.zeros(S, 1))
+
+        def hue(i, j, past=past):
+            return "gray" if j > i + past else "teal" if j < past else "blue"
+
+        def visible(i, j, past=past):
+            return j <= i + past
+
+        rows = [["−∞" if score < 0 else 0 for score in row] for row in scores.tolist()]
+        picture.matrix(x, 76, rows, hue, names=words[past:], columns=words, title=title, cell=(35, 29), strong=visible)
+    picture.text(186, 24, "the whole window at once (training)")
+    picture.text(562, 24, "continuing with a cache (generation)")
+    picture.line((424, 170), (424, 176), (595, 176), (595, 170), hue="teal")
+    picture.text(510, 190, "from the cache")
+    picture.line((599, 170), (599, 176), (700, 176), (700, 170), hue="blue")
+    picture.text(650, 190, "new")
+    picture.text(422, 240, "rows: queries;  columns: keys", anchor="start")
+    picture.text(422, 264, "0: visible, the score stays as it is", anchor="start")
+    picture.text(422, 288, "−∞: a later token, its weight is 0", anchor="start")
     return picture
-
-
-def whole_or_hidden(scores):
-    """Scores of 0 or -inf, as in a mask."""
-    return [[value if value < 0 else 0 for value in row] for row in scores.tolist()]
 
 
 def draw_heads():

@@ -44,9 +44,9 @@ def draw_tying():
 def draw_cache():
     story = (
         "Three steps of generation. Without a cache each step computes keys and values of all tokens anew: 1 + 2 + 3 "
-        "rows. With a cache each step computes those of the new token only: 1 + 1 + 1 rows; the others are kept."
+        "rows. With a cache each step computes those of the new token only, whose one query meets all keys so far."
     )
-    picture = Picture("cache", "The KV cache: keys and values are computed once", story, height=370)
+    picture = Picture("cache", "The KV cache: keys and values are computed once", story, height=384)
     cache = gpt.KVCache(len(WORDS))
     for step, word in enumerate(WORDS):
         x = 124 + 206 * step
@@ -54,21 +54,23 @@ def draw_cache():
         k, v = (t[None, None, start : step + 1] for t in (KEYS, VALUES))
         k, v = (whole(t[0, 0]) for t in cache.append(k, v))
         picture.text(x + 84, 20, f"step {step}: “{word}” goes in", bold=True)
-        for top, known in ((68, 0), (230, start)):
+        for top, known in ((68, 0), (236, start)):
             n_new = cache.length - known
             for left, rows, title in ((x, k, "keys"), (x + 84, v, "values")):
                 picture.matrix(left, top, rows, names=WORDS[: step + 1] if left == x else (), cell=(36, 24),
                                hue=lambda i, j, known=known: "gray" if i < known else "orange",
                                strong=lambda i, j, known=known: i >= known)  # fmt: skip
                 picture.text(left + 36, top - 12, title, size=12)
-            picture.text(x + 84, top + 90, f"{n_new} {'row' if n_new == 1 else 'rows'} computed")
+            picture.text(
+                x + 84, top + 96, f"{n_new} {'row' if n_new == 1 else 'rows'} computed,\n{n_new} × {len(k)} scores"
+            )
     picture.text(12, 104, "without\na cache", anchor="start", bold=True)
-    picture.text(12, 266, "with\na cache", anchor="start", bold=True)
-    picture.line((12, 190), (708, 190), width=1, opacity=0.3)
-    picture.box(130, 346, 16, 14, hue="orange", fill=0.32, line=1, round=0)
-    picture.text(154, 353, "computed in this step", anchor="start", size=12)
-    picture.box(330, 346, 16, 14, fill=0.1, line=1, round=0)
-    picture.text(354, 353, "read from the cache", anchor="start", size=12)
+    picture.text(12, 272, "with\na cache", anchor="start", bold=True)
+    picture.line((12, 194), (708, 194), width=1, opacity=0.3)
+    picture.box(130, 362, 16, 14, hue="orange", fill=0.32, line=1, round=0)
+    picture.text(154, 369, "computed in this step", anchor="start", size=12)
+    picture.box(330, 362, 16, 14, fill=0.1, line=1, round=0)
+    picture.text(354, 369, "read from the cache", anchor="start", size=12)
     return picture
 
 

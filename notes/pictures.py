@@ -82,19 +82,19 @@ def draw_freezing():
     return picture
 
 
-def draw_losses(picture, runs, low, high):
+def draw_losses(picture, runs, low, high, top=36):
     """The axes, and training and validation loss of some runs: {label: rows of a log}."""
     last = max(rows[-1]["step"] for rows in runs.values())
-    frame = (76, 36, 470, 240)
+    frame = (76, top, 470, 240)
     across, down = picture.axes(frame, ticks(0, last), ticks(low, high), "step", "loss, nats per token")
     for i, (label, rows) in enumerate(runs.items()):
         hue = ("blue", "orange", "teal", "violet")[i % 4]
-        picture.text(566, 48 + 78 * i, label, anchor="start", bold=True)
+        picture.text(566, top + 12 + 78 * i, label, anchor="start", bold=True)
         for j, (key, words) in enumerate((("val_loss", "validation"), ("train_loss", "training"))):
             dashes = "5 4" if key == "train_loss" else None
             points = [(across(row["step"]), down(row[key])) for row in rows if row[key] <= high]  # no nan, either
             picture.line(*points, hue=hue, width=2, dashes=dashes)
-            y = 70 + 78 * i + 22 * j
+            y = top + 34 + 78 * i + 22 * j
             picture.line((566, y), (594, y), hue=hue, width=2, dashes=dashes)
             picture.text(602, y, words, anchor="start")
     return across, down
@@ -121,15 +121,36 @@ def draw_curve(rows, vocab_size):
     return picture
 
 
-def draw_dropout(runs):
-    """The losses of several runs from their first tenth on, where they differ."""
-    story = " ".join(
-        f"{label}: best validation loss {min(r['val_loss'] for r in rows):.3f}." for label, rows in runs.items()
+def draw_dropout(runs, p=0.25):
+    """What dropout does to activations; and the losses of several runs from their first tenth on, where they differ."""
+    bests = [
+        f"{label}: best validation loss {min(row['val_loss'] for row in rows):.3f}" for label, rows in runs.items()
+    ]
+    story = (
+        f"Dropout zeroes activations and scales up the others in training, and does nothing after. {'; '.join(bests)}."
     )
-    picture = Picture("dropout", "Loss with and without dropout", story, height=340)
+    picture = Picture("dropout", "Dropout, and the loss with and without it", story, height=470)
+    x = torch.tensor([3.0, 6.0, 9.0, 12.0, 3.0, 6.0, 9.0, 12.0])
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(6)
+        dropped = gpt.Dropout(p).train()(x)
+    for i, (name, row) in enumerate(
+        (("activations", x), ("in training", dropped), ("in evaluation", gpt.Dropout(p).eval()(x)))
+    ):
+        zeros = (row == 0).tolist()
+        picture.matrix(
+            120,
+            14 + 36 * i,
+            [row.round().int().tolist()],
+            lambda _, j, z=zeros: "gray" if z[j] else "teal",
+            names=[name],
+        )
+    picture.text(490, 63, f"each is 0 with probability p = {p}", anchor="start", size=12)
+    picture.text(490, 80, f"the others × 1 / (1 − p) = {1 / (1 - p):.2f}", anchor="start", size=12)
+    picture.text(490, 99, "all pass, unchanged", anchor="start", size=12)
     late = [row for rows in runs.values() for row in rows if row["step"] >= rows[-1]["step"] / 10]
     losses = [row[key] for row in late for key in ("train_loss", "val_loss") if math.isfinite(row[key])]
-    draw_losses(picture, runs, min(losses), max(losses))
+    draw_losses(picture, runs, min(losses), max(losses), top=166)
     return picture
 
 
@@ -268,7 +289,9 @@ def draw_attention(model, tokenizer, most=4):
     bottom = top + n_layer * (side + 34) - 26
     for head in range(n_head):
         for s, name in enumerate(names):
-            picture.text(100 + head * (side + 24) + (s + 0.5) * cell, bottom, name, size=12, anchor="end", code=True, turned=True)
+            picture.text(
+                100 + head * (side + 24) + (s + 0.5) * cell, bottom, name, size=12, anchor="end", code=True, turned=True
+            )
     picture.text(100, height - 16, "rows: queries;  columns: keys;  weight", size=12, anchor="start")
     for i, weight in enumerate((0, 0.1, 0.3, 1)):
         picture.box(336 + 62 * i, height - 23, cell, cell, hue="blue", fill=weight**0.5, line=0.5, round=0)

@@ -88,6 +88,20 @@ def test_attention_is_that_of_the_formula(drawn):
         assert svg.number(number.item()) in words_of(drawn["qkv"])
 
 
+def test_the_mask_hides_later_tokens_only(drawn):
+    cells = [word for word in words_of(drawn["mask"]) if word in ("0", "−∞")]
+    rows = [cells[8 * i : 8 * i + 8] for i in range(8 + 3)]
+    assert [row.count("0") for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]
+    assert all(row == sorted(row) for row in rows)  # first what is visible
+
+
+def test_dropout_keeps_the_mean_in_training_and_everything_after(drawn):
+    words = words_of(drawn["dropout"])
+    before, training, after = (list(map(int, words[9 * i : 9 * i + 8])) for i in range(3))
+    assert before == after and 0 < training.count(0) < 8
+    assert all(new in (0, old * 4 / 3) for old, new in zip(before, training, strict=True))
+
+
 def test_the_parameters_of_gpt2_add_up(drawn):
     counts = [int(word.replace(",", "")) for word in words_of(drawn["gpt2"]) if regex.fullmatch(r"[\d,]{3,}", word)]
     wte, wpe, *block, blocks, ln_f, total = counts
