@@ -46,7 +46,7 @@ class Picture:
         self.parts += [f'<desc id="{name}-desc">{escape(description)}</desc>', f"<style>{STYLE}</style>"]
 
     def add(self, tag, content=None, **attributes):
-        """An element; in the names of attributes - is written as _, and None leaves one out."""
+        """An element: font_size=12 becomes font-size="12", class_ becomes class, and None is left out."""
         said = ""
         for key, value in attributes.items():
             value = f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
@@ -88,7 +88,7 @@ class Picture:
         foot = (x - dx, y - dy)
         self.line(*points[:-1], foot, hue=hue, width=width)
         head = [(x, y), (foot[0] - dy / 2, foot[1] + dx / 2), (foot[0] + dy / 2, foot[1] - dx / 2)]
-        self.add("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in head), class_=hue, stroke="none")
+        self.add("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in head), class_=hue, stroke_width=0)
 
     def plus(self, x, y):
         """The circle in which two paths of the residual stream are added."""
@@ -108,7 +108,8 @@ class Picture:
             self.text(x - 7, y + (i + 0.5) * height, name, anchor="end")
         for j, name in enumerate(columns):
             self.text(x + (j + 0.5) * width, y - 10, name, size=12)
-        self.text(x + len(rows[0]) * width / 2, y - (28 if columns else 14), title, bold=True)
+        if title:
+            self.text(x + len(rows[0]) * width / 2, y - (28 if columns else 14), title, bold=True)
 
     def axes(self, frame, x_ticks, y_ticks, x_label, y_label, title=""):
         """A frame (x, y, width, height) with ticks [(value, label), ...] -> the functions from values to pixels."""
@@ -128,11 +129,13 @@ class Picture:
         for value, label in y_ticks:
             if label:
                 self.line((x, down(value)), (x + width, down(value)), width=1, opacity=0.18)
-            self.text(x - 8, down(value), label, size=12, anchor="end")
+                self.text(x - 8, down(value), label, size=12, anchor="end")
         self.line((x, y), (x, y + height), (x + width, y + height), width=1)
         self.text(x + width / 2, y + height + 36, x_label)
-        self.text(x - 20 - 8 * max(len(label) for _, label in y_ticks), y + height / 2, y_label, turned=True)
-        self.text(x + width / 2, y - 16, title, bold=True)
+        if y_label:
+            self.text(x - 20 - 8 * max(len(label) for _, label in y_ticks), y + height / 2, y_label, turned=True)
+        if title:
+            self.text(x + width / 2, y - 16, title, bold=True)
         return across, down
 
     def render(self):
