@@ -62,19 +62,19 @@ def draw_freezing():
         model = diagrams.gpt2_model()
         finetune.choose(model, finetune.FinetuneConfig(method=method, data=("my.txt",)))
         trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        reached = []  # the parts with trained parameters, from the input on
         y = 62 + 34 * row
         picture.text(122, y + 13, method, anchor="end", code=True, size=12)
         for left, width, name in zip(lefts, widths, columns, strict=True):
             inside = [flag for key, flag in trained.items() if f".{name}." in key]
             hue, fill = "gray", 0.05
             if any(inside):
+                reached.append(name)
                 hue, fill = "orange" if method == "lora" else "blue", 0.8 if all(inside) else 0.3
             picture.box(left, y, width, 26, hue=hue, fill=fill, line=1, round=2)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         picture.text(592, y + 13, f"{count:,}", anchor="end")
-        picture.text(
-            662, y + 13, next(name for name in columns for key in trained if trained[key] and f".{name}." in key)
-        )
+        picture.text(662, y + 13, reached[0])
     legend = (("blue", 0.8, "trained"), ("blue", 0.3, "trained in part"), ("orange", 0.3, "added matrices"))
     for i, (hue, fill, words) in enumerate((*legend, ("gray", 0.05, "frozen"))):
         picture.box(130 + 140 * i, 314, 16, 14, hue=hue, fill=fill, line=1, round=2)
@@ -83,12 +83,12 @@ def draw_freezing():
 
 
 def draw_losses(picture, runs, low, high, top=36):
-    """The axes, and training and validation loss of some runs: {label: rows of a log}."""
-    last = max(rows[-1]["step"] for rows in runs.values())
+    """The axes, and training and validation loss of some runs: [(label, rows of a log), ...]."""
+    last = max(rows[-1]["step"] for _, rows in runs)
     frame = (76, top, 470, 240)
     across, down = picture.axes(frame, ticks(0, last), ticks(low, high), "step", "loss, nats per token")
-    for i, (label, rows) in enumerate(runs.items()):
-        hue = ("blue", "orange", "teal", "violet")[i % 4]
+    for i, (label, rows) in enumerate(runs):
+        hue = ("blue", "orange")[i]
         picture.text(566, top + 12 + 78 * i, label, anchor="start", bold=True)
         for j, (key, words) in enumerate((("val_loss", "validation"), ("train_loss", "training"))):
             dashes = "5 4" if key == "train_loss" else None
@@ -111,7 +111,7 @@ def draw_curve(rows, vocab_size):
     picture = Picture("curve", "Training and validation loss of one run", story, height=340)
     losses = [row[key] for row in rows for key in ("train_loss", "val_loss") if math.isfinite(row[key])]
     low, high = min(losses), max(*losses, uniform)
-    across, down = draw_losses(picture, {"loss": rows}, low, high)
+    across, down = draw_losses(picture, [("loss", rows)], low, high)
     picture.line((76, down(uniform)), (546, down(uniform)), dashes="2 3")
     picture.text(540, down(uniform) - 12, f"uniform guess: ln {vocab_size:,} = {uniform:.2f}", size=12, anchor="end")
     x, y = across(best["step"]), down(best["val_loss"])
@@ -122,33 +122,24 @@ def draw_curve(rows, vocab_size):
 
 
 def draw_dropout(runs, p=0.25):
-    """What dropout does to activations; and the losses of several runs from their first tenth on, where they differ."""
-    bests = [
-        f"{label}: best validation loss {min(row['val_loss'] for row in rows):.3f}" for label, rows in runs.items()
-    ]
-    story = (
-        f"Dropout zeroes activations and scales up the others in training, and does nothing after. {'; '.join(bests)}."
-    )
+    """What dropout does to activations; and the losses of two runs from their first tenth on, where they differ."""
+    story = "Dropout zeroes activations and scales up the others in training, and does nothing in evaluation."
+    for label, rows in runs:
+        story += f" Best validation loss with {label}: {min(row['val_loss'] for row in rows):.2f}."
     picture = Picture("dropout", "Dropout, and the loss with and without it", story, height=470)
     x = torch.tensor([3.0, 6.0, 9.0, 12.0, 3.0, 6.0, 9.0, 12.0])
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(6)
         dropped = gpt.Dropout(p).train()(x)
-    for i, (name, row) in enumerate(
-        (("activations", x), ("in training", dropped), ("in evaluation", gpt.Dropout(p).eval()(x)))
-    ):
-        zeros = (row == 0).tolist()
-        picture.matrix(
-            120,
-            14 + 36 * i,
-            [row.round().int().tolist()],
-            lambda _, j, z=zeros: "gray" if z[j] else "teal",
-            names=[name],
-        )
+    rows = {"activations": x, "in training": dropped, "in evaluation": gpt.Dropout(p).eval()(x)}
+    for i, (name, row) in enumerate(rows.items()):
+        numbers = row.round().int().tolist()
+        hues = ["teal" if number else "gray" for number in numbers]
+        picture.matrix(120, 14 + 36 * i, [numbers], lambda _, j, hues=hues: hues[j], names=[name])
     picture.text(490, 63, f"each is 0 with probability p = {p}", anchor="start", size=12)
     picture.text(490, 80, f"the others × 1 / (1 − p) = {1 / (1 - p):.2f}", anchor="start", size=12)
     picture.text(490, 99, "all pass, unchanged", anchor="start", size=12)
-    late = [row for rows in runs.values() for row in rows if row["step"] >= rows[-1]["step"] / 10]
+    late = [row for _, rows in runs for row in rows if row["step"] >= rows[-1]["step"] / 10]
     losses = [row[key] for row in late for key in ("train_loss", "val_loss") if math.isfinite(row[key])]
     draw_losses(picture, runs, min(losses), max(losses), top=166)
     return picture
@@ -156,9 +147,7 @@ def draw_dropout(runs, p=0.25):
 
 def draw_schedule():
     """The learning rate of two presets."""
-    story = (
-        "The learning rate rises in a straight line during warmup, then falls in a straight line to its final value."
-    )
+    story = "The learning rate rises in a straight line during warmup, then falls in a straight line to its last value."
     picture = Picture("schedule", "Learning rate: linear warmup, then linear decay", story, height=270)
     for left, name in ((76, "tiny"), (444, "gpt2")):
         config = gpt.from_flags(TrainConfig, gpt.PRESETS[name])
@@ -272,9 +261,7 @@ def draw_attention(model, tokenizer, most=4):
     cell, top = 13, 40
     side = T * cell
     height = top + n_layer * (side + 34) + 8 * max(map(len, names)) + 26
-    story = (
-        "A triangle for each head of each block: rows are queries, columns are keys, a fuller cell is a larger weight."
-    )
+    story = "A triangle for each head of each block: rows are queries, columns keys; a fuller cell is a larger weight."
     picture = Picture("attention", f"The attention of a trained model to “{SEEN}”", story, height)
     for layer in range(n_layer):
         y = top + layer * (side + 34)
@@ -286,12 +273,10 @@ def draw_attention(model, tokenizer, most=4):
             for (t, s), weight in np.ndenumerate(attention[layer, head].numpy()):
                 if s <= t:
                     picture.box(x + s * cell, y + t * cell, cell, cell, hue="blue", fill=weight**0.5, line=0, round=0)
-    bottom = top + n_layer * (side + 34) - 26
     for head in range(n_head):
         for s, name in enumerate(names):
-            picture.text(
-                100 + head * (side + 24) + (s + 0.5) * cell, bottom, name, size=12, anchor="end", code=True, turned=True
-            )
+            x = 100 + head * (side + 24) + (s + 0.5) * cell
+            picture.text(x, y + side + 8, name, size=12, anchor="end", code=True, turned=True)
     picture.text(100, height - 16, "rows: queries;  columns: keys;  weight", size=12, anchor="start")
     for i, weight in enumerate((0, 0.1, 0.3, 1)):
         picture.box(336 + 62 * i, height - 23, cell, cell, hue="blue", fill=weight**0.5, line=0.5, round=0)
@@ -318,21 +303,26 @@ def draw_all(model, tokenizer, rows, runs):
         yield draw_dropout(runs)
 
 
+def read_losses(name):
+    """The rows of a run's log, which reaches beyond the validation before the first step."""
+    rows = read_log(gpt.find_checkpoint(name) / "log.csv")
+    require(rows[-1]["step"] > 0, f"{name} stopped before its second validation: train it for longer")
+    return rows
+
+
 @command
 def main(argv=None):
     parser = gpt.Parser(prog="python -m notes.pictures", description="Draw the pictures of the notes.")
     add = parser.add_argument
     add("--model", default="scratch", help="whose curve, attention and distributions (default: scratch)")
-    add("--curves", nargs="+", default=[], help="runs to compare, with and without dropout, say (default: none)")
+    add("--curves", nargs=2, default=[], help="two runs for dropout.svg, with dropout and without (default: none)")
     add("--out", default="notes", help="folder for the pictures (default: notes)")
     args = parser.parse_args(argv)
     folder = Path(args.out)
     require(folder.is_dir(), f"there is no folder {folder}: make it, or choose another --out")
     model, tokenizer = load_checkpoint(args.model)
-    runs = {}
-    for name in args.curves:
-        runs[f"dropout {read_config(name)['model']['dropout']:g}"] = read_log(gpt.find_checkpoint(name) / "log.csv")
-    rows = read_log(gpt.find_checkpoint(args.model) / "log.csv")
+    runs = [(f"dropout {read_config(name)['model']['dropout']:g}", read_losses(name)) for name in args.curves]
+    rows = read_losses(args.model)
     with torch.no_grad():
         pictures = list(draw_all(model, tokenizer, rows, runs))
     for picture in pictures:

@@ -1,5 +1,6 @@
 """The pictures of the notes are drawn from our own models, read on light and dark pages, and show computed numbers."""
 
+import shutil
 import xml.etree.ElementTree as ET
 from itertools import combinations
 from pathlib import Path
@@ -8,7 +9,7 @@ import matplotlib
 import pytest
 import regex
 import torch
-from conftest import PROSE, ROOT, TINY
+from conftest import PROSE, ROOT, TINY, run_main
 from PIL import ImageFont
 
 import gpt
@@ -135,6 +136,14 @@ def test_the_curve_goes_through_the_losses_of_the_log(drawn, module_folder):
         (heights[0] - y) / (rows[0]["val_loss"] - row["val_loss"]) for y, row in zip(heights[1:], rows[1:], strict=True)
     ]
     assert max(slopes) - min(slopes) < 0.01 * abs(slopes[-1]) and slopes[0] < 0
+
+
+def test_a_run_without_a_curve_is_refused_and_nothing_is_drawn(drawn, module_folder, own_folder, capsys):
+    shutil.copytree(module_folder / "run", "stopped")
+    log = Path("stopped/log.csv")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    run_main(pictures.main, "--model", "stopped", "--out", ".", expect=2)
+    assert "stopped" in capsys.readouterr().err and not list(own_folder.glob("*.svg"))
 
 
 def test_the_notes_show_only_pictures_of_this_script():
