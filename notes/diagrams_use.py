@@ -5,14 +5,15 @@ import torch
 import gpt
 from extras import lora
 from notes.diagrams import EMBEDDING, KEYS, QUERIES, VALUES, WORDS, attend, gpt2_model, whole
-from notes.svg import Picture
+from notes.svg import Picture, number
 
 
 def draw_tying():
-    hidden = attend(QUERIES, KEYS, VALUES)[2][2:]  # (1, C), as if it were the last hidden state
+    residual = EMBEDDING[2:] + attend(QUERIES, KEYS, VALUES)[2][2:]  # (1, C): sat, and what attention adds to it
+    hidden = torch.layer_norm(residual, (2,)).round(decimals=2)
     logits = hidden @ EMBEDDING.T.float()  # (1, V)
     probs = gpt.next_token_probs(logits)
-    h = f"[{hidden[0, 0]:.2f}, {hidden[0, 1]:.2f}]"
+    h = ", ".join(number(x) for x in hidden[0].tolist())
     story = (
         "One matrix with a row for each word. On the way in, an id reads its row. On the way out, the hidden state is "
         "multiplied with every row, which gives a logit for each word, and softmax turns them into probabilities."
@@ -27,7 +28,7 @@ def draw_tying():
     picture.text(322, 22, "one matrix, (V, C)", bold=True)
     picture.matrix(300, 68, EMBEDDING.tolist(), "teal", cell=(36, 40), names=WORDS, strong=lambda i, j: i == 1)
     picture.text(560, 22, "on the way out: every row · h", bold=True)
-    picture.text(452, 52, f"hidden state h = {h}", size=12)
+    picture.text(452, 52, f"hidden state h = [{h}]", size=12)
     for i, row in enumerate(EMBEDDING.tolist()):
         y = 88 + 40 * i
         picture.arrow((376, y), (400, y), hue="teal")
@@ -96,7 +97,7 @@ def draw_transpose():
     for left, y in ((224, x @ published), (566, x @ ours.T)):
         picture.text(left + 18, 109, "=", size=16)
         picture.matrix(left + 36, 96, y.tolist(), hue=lambda i, j: hues[j], cell=(30, 26))
-    for column, words in ((150, "weight of GPT-2"), (330, "published"), (480, "ours"), (630, "forgotten?")):
+    for column, words in ((150, "weight of GPT-2"), (330, "published"), (480, "ours"), (630, "if forgotten")):
         picture.text(column, 190, words, bold=True, size=12)
     linears = [(name, m) for name, m in gpt2_model().transformer.h[0].named_modules() if isinstance(m, torch.nn.Linear)]
     for i, (name, module) in enumerate(linears):
@@ -144,9 +145,6 @@ def draw_lora():
     picture.plus(602, 102)
     picture.arrow((611, 102), (650, 102))
     picture.text(682, 102, f"y\n({out:,})", bold=True)
-    picture.text(
-        360,
-        298,
-        f"a c_attn of GPT-2: {small:,} numbers are trained; in all {len(model.transformer.h)} blocks {added:,}",
-    )
+    n_layer = len(model.transformer.h)
+    picture.text(360, 298, f"trained: {small:,} numbers in each c_attn of GPT-2, {added:,} in its {n_layer} blocks")
     return picture

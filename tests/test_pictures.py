@@ -89,6 +89,13 @@ def test_attention_is_that_of_the_formula(drawn):
         assert svg.number(number.item()) in words_of(drawn["qkv"])
 
 
+def test_the_tied_head_multiplies_with_the_rows_of_the_embedding(drawn):
+    logits = torch.tensor([-1.0, 1.0]) @ diagrams.EMBEDDING.T.float()  # the hidden state of the notes' example
+    expected = [svg.number(x) for x in (*logits.tolist(), *logits.softmax(-1).tolist())]
+    words = [word for word in words_of(drawn["tying"]) if regex.fullmatch(r"−?\d\.\d\d", word)]
+    assert words == expected
+
+
 def test_the_mask_hides_later_tokens_only(drawn):
     cells = [word for word in words_of(drawn["mask"]) if word in ("0", "−∞")]
     rows = [cells[8 * i : 8 * i + 8] for i in range(8 + 3)]
