@@ -33,9 +33,7 @@ def content(tokenizer, i):
 
 def spell(tokenizer, i):
     """The text of an id; its bytes where they form no visible text, its number where it has none."""
-    if i == tokenizer.eot:
-        return gpt.EOT
-    text = content(tokenizer, i).decode(errors="replace")
+    text = gpt.EOT if i == tokenizer.eot else content(tokenizer, i).decode(errors="replace")
     visible = "\ufffd" not in text and all(c.isprintable() or c in "\n\r\t" for c in text)
     return text or f"<{i}>" if visible else f"<{content(tokenizer, i).hex(' ')}>"
 
@@ -131,10 +129,9 @@ def main(argv=None):
     require(0 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 0 to 2**31")
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}, expected 0 or more")
     require(args.adapter is None or args.dtype != "int8", "--adapter goes with float32 or bfloat16, not with int8")
-    free = not args.out.exists() or (args.out.is_file() and MARK in args.out.read_text(errors="replace")[:2000])
-    require(
-        free or args.overwrite or args.text or args.json, f"{args.out} is not a page of explore.py: add --overwrite"
-    )
+    out = args.out
+    free = not out.exists() or (out.is_file() and MARK in out.read_text(errors="replace")[:2000])
+    require(free or args.overwrite or args.text or args.json, f"{out} is not a page of explore.py: add --overwrite")
     device = gpt.resolve_device(args.device)
     model, tokenizer = open_model(args.model, device, args.dtype, args.adapter)
     context, prompt = model.config.block_size, tokenizer.encode(read_prompt(args)) or [tokenizer.eot]
@@ -152,10 +149,10 @@ def main(argv=None):
     name = f"{args.model} with {args.adapter}" if args.adapter else args.model
     data = page_data(name, model, tokenizer, ids, n_prompt, seen)
     packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # data, never markup
-    with gpt.replacing(args.out) as part:
+    with gpt.replacing(out) as part:
         part.write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", packed), encoding="utf-8")
     carried = f"attention for {data['n_attention']} and predictions for {data['n_predictions']} of {len(ids)} tokens"
-    log(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, with {carried}")
+    log(f"{out}: {out.stat().st_size / 1e6:.1f} MB, with {carried}")
 
 
 if __name__ == "__main__":
