@@ -46,9 +46,9 @@ def pack(x, dtype):
 
 def sums_of_the_rest(logits, n):
     """(T, V) -> (temperatures, 2, T): over all but the n best tokens, the sums of exp(z) and of z exp(z)."""
-    ranked = logits.double().sort(descending=True).values
+    ranked = logits.sort(descending=True).values
     z = ranked[:, n:] - ranked[:, :1]
-    sums = [torch.stack([(z / t).exp().sum(-1), (z / t * (z / t).exp()).sum(-1)]) for t in TEMPERATURES[1:]]
+    sums = [torch.stack([(z / t).exp().sum(-1), (z * (z / t).exp()).sum(-1) / t]) for t in TEMPERATURES[1:]]
     return torch.stack(sums)
 
 
