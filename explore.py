@@ -90,7 +90,8 @@ def show_text(tokenizer, ids, seen):
     for t, name in enumerate(names):
         expected = "  ".join(f"{spell(tokenizer, i)!r} {probs[t, i]:.2f}" for i in probs[t].topk(3).indices.tolist())
         p = probs[t - 1, ids[t]].item() if t else None
-        rows.append({"position": t, "token": name, "probability": p, "expected next": expected})
+        rank = 1 + int((probs[t - 1] > p).sum()) if t else None
+        rows.append({"position": t, "token": name, "probability": p, "rank": rank, "expected next": expected})
     tables.show(rows)
     print("\nWhere the last token looks most:")
     weights, tokens = seen["attention"][:, :, -1].max(dim=-1)  # (L, H) each

@@ -18,7 +18,7 @@ import explore
 import finetune
 import gpt
 from debug.activations import inspect
-from extras import export, int8
+from extras import export, int8, tables
 from gpt import GPT, GPTConfig, Tokenizer
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -234,6 +234,9 @@ def test_the_terminal_shows_tables_and_json_all_numbers(model, capsys):
     explored("--prompt", "to be", "--max_new_tokens", 0, "--text")
     out = capsys.readouterr().out
     assert "expected next" in out and "logit lens" in out and "block 1" in out
+    probs = inspect(model, list(b"to be"))["logits"][3].softmax(-1)  # after "to b"
+    rank = 1 + (probs > probs[ord("e")]).sum().item()
+    assert re.search(rf"^ +4  'e' +{re.escape(tables.cell(probs[ord('e')].item()))} +{rank} ", out, re.MULTILINE)
     explored("--prompt", "to be", "--max_new_tokens", 0, "--json")
     found = json.loads(capsys.readouterr().out)
     assert np.array(found["attention"]).shape == (2, 2, 5, 5) and np.array(found["logits"]).shape == (5, 257)
@@ -278,7 +281,7 @@ class Browser:
         self.back, from_it = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
         pipes = f"exec 93<&{to_it} 94>&{from_it}; exec 3<&93 4>&94"  # it reads file descriptor 3, and writes to 4
-        command = ["bash", "-c", f'{pipes}; exec "$@"', "bash", BROWSER, *flags]
+        command = ["bash", "-c", f'{pipes}; exec timeout 200 "$@"', "bash", BROWSER, *flags]
         self.process = subprocess.Popen(
             command, pass_fds=(to_it, from_it), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
