@@ -35,7 +35,7 @@ def spell(tokenizer, i):
     """The text of an id; its bytes where they form no visible text, its number where it has none."""
     text = gpt.EOT if i == tokenizer.eot else content(tokenizer, i).decode(errors="replace")
     visible = "\ufffd" not in text and all(c.isprintable() or c in "\n\r\t" for c in text)
-    return text or f"<{i}>" if visible else f"<{content(tokenizer, i).hex(' ')}>"
+    return text or f"<{i}>" if visible else f"<{content(tokenizer, i).hex()}>"
 
 
 def pack(x, dtype):
