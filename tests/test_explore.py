@@ -217,11 +217,18 @@ def test_any_prompt_is_data(model, prompt, capsys):
     data = page("--prompt", prompt, "--max_new_tokens", 2)
     ids = bytes(prompt, "utf-8")[-32:] or [256]
     assert [token["id"] for token in data["tokens"]][: data["n_prompt"]] == list(ids)
-    assert "</script><b>" not in Path("explore.html").read_text(encoding="utf-8")
     if "🙂" in prompt:
         assert data["tokens"][0]["text"] == "<f0>", "part of a character: its byte"
     if len(prompt) == 100:
         assert "only the last 32 fit into the context" in capsys.readouterr().err and data["n_prompt"] == 32
+
+
+def test_a_token_that_is_markup_is_data(own_folder):
+    vocabulary = Tokenizer(Tokenizer.bytes().ranks | {b"</script><b>": 256}, "bpe")
+    shape = GPTConfig(block_size=8, vocab_size=258, n_layer=1, n_head=1, n_embd=8)
+    gpt.save_checkpoint("checkpoints/mine", GPT(shape), vocabulary)
+    assert page("--prompt", "a")["vocabulary"]["256"] == "</script><b>"
+    assert "</script><b>" not in Path("explore.html").read_text(encoding="utf-8")
 
 
 def test_characters_that_cannot_be_seen_are_shown_as_bytes():
@@ -356,7 +363,7 @@ def test_the_page_opens_without_network_and_shows_text_as_text(model, browser):
             names = [event["method"] for event in browser.events]
             assert not {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"} & {*names}
             assert names.count("Network.requestWillBeSent") == 1, "the page itself, and nothing else"
-            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+            assert browser.run("document.documentElement.scrollWidth") <= width, "nothing is cut off"
     text = browser.run("$('token-list').textContent")
     assert text.startswith("to·<b>be</b>·or↵")
     assert browser.run("document.querySelectorAll('main b').length") == 0 and browser.run(STATE) == "15 0 0"
