@@ -148,7 +148,7 @@ def test_the_command_of_the_readme_teaches_a_small_model_to_add(own_folder, caps
         ids = tokenizer.encode(example["prompt"])
         answer = model.generate(torch.tensor([ids]), 4, temperature=0, eot=tokenizer.eot)[0, len(ids) :].tolist()
         right.append(tokenizer.decode(answer) == example["completion"])
-    assert sum(right[:90]) >= 88, "the sums that it has seen"
+    assert sum(right[:90]) >= 85, "the sums that it has seen"
     assert sum(right[90:]) >= 5, "and those that it has not, where chance is one in ten"
 
 
