@@ -284,6 +284,13 @@ def test_the_last_tenth_validates():
     assert [len(data) for data in documents(*examples, val_bytes=2)] == [48, 2]
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "D.JSONL", "d.ndjson"])
+def test_lines_of_json_are_known_by_any_of_their_names(name):
+    write_lines(name, {"prompt": "a", "completion": "xy"}, {"text": "z"})
+    train, _ = finetune.load_data([name], BYTES, 16, FinetuneConfig(data=[name]))
+    assert train.examples == [([97, 120, 121, 256], 1)]
+
+
 def test_prompts_and_completions_are_learned_from(base):
     write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
     tune("--data d.jsonl --also_eval d.jsonl --method full --max_steps 40 --eval_interval 20 --lr 0.01")
