@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import gpt
+from extras import lora
 from extras.checkpoints import require_checkpoint
 from extras.tables import show
 from gpt import InputError, TokenDataset, command, flag, load_checkpoint, log, require
@@ -152,8 +153,6 @@ def choose(model, config):
         if isinstance(module, gpt.Dropout):
             module.p = config.dropout
     if config.method == "lora":
-        from extras import lora
-
         lora.adapt(model, config.targets, config.rank, config.alpha, config.lora_dropout)
     n_layer = model.config.n_layer
     fits = config.method != "last" or config.blocks <= n_layer
@@ -250,8 +249,6 @@ def main(argv=None):
     gpt.refuse_existing(config.out, overwrite or resume)
     export_weights = None
     if config.method == "lora":
-        from extras import lora
-
         export_weights = lora.exporter(config.save_adapter, base, overwrite or resume)
     if gpt.WORLD_SIZE > 1:
         gpt.dist.init_process_group()
