@@ -201,11 +201,11 @@ def describe(model, data, config, dtype):
 
 
 # ---- The run ----
-def first_prompt(data, tokenizer):
-    """The prompt of the first example; of a text, its first tokens."""
+def first_prompt(data):
+    """The ids of the prompt of the first example; of a text, its first eight."""
     x, y = data.batch([0])
     n = (y[0] != -1).int().argmax().item() + 1
-    return tokenizer.decode(x[0, :n].tolist()) or tokenizer.decode(x[0, :8].tolist()).strip().strip("\ufffd")
+    return x[0, : n if n > 1 else 8].tolist()
 
 
 def report(rows, config, old, before, tokenizer, dtype, prompt):
@@ -265,12 +265,13 @@ def main(argv=None):
     if gpt.RANK == 0:
         describe(model, train_data, config, dtype)
     log(f"{len(train_data):,} windows to learn from, {len(val_data):,} for validation")
-    contents = {"training": train_data.tokens, "validation": val_data.tokens}
-    contents["base"] = np.memmap(base / gpt.MODEL, mode="r")  # hashed without reading all of it into memory
+    base_file = np.memmap(base / gpt.MODEL, mode="r")  # hashed without reading all of it into memory
+    contents = {"training": train_data.tokens, "validation": val_data.tokens, "base": base_file}
     fingerprints = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    rows = gpt.train(model, tokenizer, train_data, val_data, config, run, export_weights, **fingerprints)
+    prompt = first_prompt(val_data)
+    rows = gpt.train(model, tokenizer, train_data, val_data, config, run, export_weights, prompt, **fingerprints)
     if gpt.RANK == 0:
-        report(rows, config, old, before, tokenizer, dtype, first_prompt(val_data, tokenizer))
+        report(rows, config, old, before, tokenizer, dtype, tokenizer.decode(prompt))
 
 
 if __name__ == "__main__":

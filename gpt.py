@@ -244,10 +244,13 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> list of ids. All of it is plain text, even the characters `<|endoftext|>`."""
+        require(isinstance(text, str), f"encode takes a string, not {type(text).__name__}: decode takes ids")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
         """ids -> text; bytes that form no character become U+FFFD."""
+        listed = not isinstance(ids, (str, bytes, int)) and getattr(ids, "ndim", 1) == 1
+        require(listed, f"decode takes a list of ids, such as idx[0].tolist(), not {ids!r:.50}")
         return b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
 
     def dumps(self):
@@ -288,16 +291,28 @@ def replacing(path, parents=False):
         shutil.rmtree(part.parent, ignore_errors=True)
 
 
+def decode_text(content, name):
+    """UTF-8 bytes -> text, without byte-order mark, \\r\\n as \\n. Raises InputError with the place of a wrong byte."""
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        at = error.start + len(content) - len(error.object)  # the decoder has cut off a byte-order mark
+        line = content.count(b"\n", 0, at) + 1
+        coding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        advice = f"if it is {coding}, convert it with iconv -f {coding} -t utf-8"
+        raise InputError(f"{name} is not UTF-8 text, see line {line}, byte {at}: {advice}") from error
+    unusable = re.search(r"\0|\s{100000}", text)  # tiktoken's regular expression overflows at a million spaces
+    require(not unusable, f"{name} has NUL bytes, or 100,000 spaces in a row: it isn't text")
+    return text
+
+
 def read_text(path):
-    """A UTF-8 file -> its text, without byte-order mark, \\r\\n as \\n. Raises InputError if it isn't text."""
+    """A UTF-8 file -> its text, as decode_text reads it."""
     require(Path(path).is_file(), f"there is no text file {path}: give a file, a folder, pydoc or shakespeare")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    unusable = re.search(r"\0|\s{100000}", text)  # tiktoken's regular expression overflows at a million spaces
-    require(not unusable, f"{path} has NUL bytes, or 100,000 spaces in a row: it isn't text")
-    return text
+        return decode_text(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path} could not be read: {error}") from error
 
 
 def shakespeare():
@@ -345,6 +360,8 @@ def load_texts(names):
         else:
             texts.append(read_text(path))
     require(texts, f"there is no *.txt in {' '.join(names)}")
+    if any(re.match(r'\s*\[?\s*\{\s*"', text) for text in texts):
+        log("a text looks like JSON, and counts with its braces and quotes: finetune.py learns what a .jsonl file says")
     return texts
 
 
@@ -602,6 +619,8 @@ class GPT(nn.Module):
 
         When the context is full, its last half is kept. A row that has reached `eot` repeats it, until all have.
         """
+        tensor = torch.is_tensor(idx) and idx.dim() == 2
+        require(tensor, "idx is a tensor of ids, (B, T), such as torch.tensor([tokenizer.encode(text)])")
         require(idx.shape[1] > 0, "there is nothing to continue: begin with the end-of-text token")
         check_sampling(temperature, top_k, top_p)
         block_size = self.config.block_size
@@ -951,12 +970,12 @@ def check_finite(value, name, step, config):
     require(math.isfinite(value), f"the {name} is {value} {where}; use a smaller --lr, or --dtype float32")
 
 
-def train(model, tokenizer, train_data, val_data, config, resumed=None, export_weights=None, **fingerprints):
+def train(model, tokenizer, train_data, val_data, config, resumed=None, export_weights=None, prompt=(), **fingerprints):
     """Train all parameters that require a gradient, and write the checkpoint config.out -> the rows of its log.csv.
 
     A run `resumed` by load_run goes on bit for bit, if its fingerprints (of the data, of a base model) are the same.
-    export_weights(model) makes the weights to save, if not the model's own. Raises InputError at a loss or gradient
-    that isn't finite, SystemExit after Ctrl-C or SIGTERM.
+    export_weights(model) makes the weights to save, if not the model's own. The samples continue prompt, a list of
+    ids. Raises InputError at a loss or gradient that isn't finite, SystemExit after Ctrl-C or SIGTERM.
     """
     folder = Path(config.out)
     device = next(model.parameters()).device
@@ -1008,7 +1027,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
                 log(f"step {step:,} of {config.max_steps:,}, {spent} so far, {left} left")
                 log(f"    {learned}validation loss {figures['loss']:.4f}, {row['val_bits_per_byte']:.4f} bits per byte")
                 generator = torch.Generator(device).manual_seed(config.seed + step)
-                idx = torch.full((1, 1), tokenizer.eot, device=device)
+                idx = torch.tensor([list(prompt) or [tokenizer.eot]], device=device)
                 idx = model.generate(idx, 48, temperature=0.8, top_p=0.9, eot=tokenizer.eot, generator=generator)
                 log("    " + tokenizer.decode(idx[0].tolist()).strip().replace("\n", "\n    "))
                 if figures["loss"] < best["validation"]["loss"]:
@@ -1073,6 +1092,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         near = difflib.get_close_matches(unknown, re.findall(r"--\w+", self.format_help()), 1)
+        if message.endswith("expected one argument"):
+            message += " (one that begins with a dash goes behind =, as in --prompt=-hello)"
         raise InputError(f"{message}: " + (f"did you mean {near[0]}?" if near else "see --help"))
 
 
@@ -1092,8 +1113,10 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
-        with suppress(AttributeError):  # a stream that is no file
-            sys.stdout.reconfigure(encoding="utf-8")
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError):  # a stream that is no file
+                encoding = None if stream.isatty() else "utf-8"  # a console keeps its own
+                stream.reconfigure(encoding=encoding, errors="replace" if stream is sys.stdout else "backslashreplace")
         try:
             return main(argv)
         except KeyboardInterrupt:
@@ -1135,7 +1158,7 @@ def main(argv=None):
     else:
         resumed, flags = None, PRESETS[preset or "tiny"] | given
         if "data" in flags:
-            flags.setdefault("out", f"checkpoints/{Path(flags['data'][0]).stem}")
+            flags.setdefault("out", f"checkpoints/{Path(flags['data'][0]).resolve().stem}")
         vocabulary = flags.get("tokenizer", "bpe")
     shape, config = from_flags(GPTConfig, flags), from_flags(TrainConfig, flags)
     refuse_existing(config.out, overwrite or resume)

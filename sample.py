@@ -15,7 +15,6 @@ import codecs
 import contextlib
 import importlib
 import itertools
-import os
 import shutil
 import sys
 
@@ -48,7 +47,7 @@ import torch
 import gpt
 from extras import int8, lora, native, tables
 from extras.checkpoints import require_checkpoint
-from gpt import InputError, require
+from gpt import require
 
 
 def open_model(name, device="cpu", dtype="float32", adapter=None):
@@ -150,17 +149,12 @@ def converse(speakers, args):
 
 
 def read_prompt(args):
-    """The text of --prompt, --prompt_file or stdin; None if that is a terminal. Raises InputError if not UTF-8."""
+    """The text of --prompt, --prompt_file or stdin; None if that is a terminal. Raises InputError if it isn't text."""
+    if args.prompt is not None:
+        return gpt.decode_text(args.prompt.encode(errors="surrogatepass"), "--prompt")
     if args.prompt_file is not None:
         return gpt.read_text(args.prompt_file).removesuffix("\n")  # which editors and echo add
-    if args.prompt is None and sys.stdin.isatty():
-        return None
-    try:
-        data = sys.stdin.buffer.read() if args.prompt is None else os.fsencode(args.prompt)
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeError as error:
-        raise InputError(f"the prompt is not UTF-8 text: {error}") from error
-    return text.removesuffix("\n") if args.prompt is None else text
+    return None if sys.stdin.isatty() else gpt.decode_text(sys.stdin.buffer.read(), "stdin").removesuffix("\n")
 
 
 @gpt.command

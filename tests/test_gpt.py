@@ -159,6 +159,59 @@ def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(size, monkeypatch, l
     assert gpt.tokenize([text], learned).tolist() == [learned.eot, *learned.encode(text)]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ab\nbon caf\xe9", "see line 2, byte 10: if it is cp1252, convert it with iconv -f cp1252 -t utf-8"),
+        (b"\xef\xbb\xbfab\r\n\xff", "see line 2, byte 7:"),
+        ("ab".encode("utf-16"), "see line 1, byte 0: if it is utf-16, convert it with iconv -f utf-16 -t utf-8"),
+    ],
+)
+def test_another_encoding_is_refused_with_its_place_and_a_way_to_convert_it(content, message):
+    Path("a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=regex.escape(message)):
+        gpt.read_text("a.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "remarks"), [('{"prompt": "a"}\n', 1), ('[\n {"text": 1}]', 1), ("{x} is a set\n", 0), ('a {"b": 1}', 0)]
+)
+def test_text_that_looks_like_json_gets_a_remark(text, remarks, capsys):
+    Path("a.txt").write_text(text)
+    assert gpt.load_texts(["a.txt"]) == [text]
+    assert capsys.readouterr().err.count("finetune.py learns") == remarks
+
+
+def test_what_is_no_text_or_no_ids_is_refused_by_name(small):
+    calls = {
+        "encode takes a string, not int": lambda: Tokenizer.bytes().encode(5),
+        "decode takes a list of ids": lambda: Tokenizer.bytes().decode("text"),
+        "such as idx\\[0\\].tolist()": lambda: Tokenizer.bytes().decode(torch.tensor([[97]])),
+        "idx is a tensor of ids, \\(B, T\\)": lambda: small.generate("text", 3),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputError, match=message.replace("()", "\\(\\)")):
+            call()
+    assert Tokenizer.bytes().decode(torch.tensor([97, 98])) == Tokenizer.bytes().decode(iter([97, 98])) == "ab"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
+def test_output_is_utf8_on_every_stream_that_is_no_console(encoding, monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    @gpt.command
+    def main(argv=None):
+        print("n\u00e9 \u4f60", file=sys.stdout)
+        print("n\u00e9 \u4f60", file=sys.stderr)
+
+    main()
+    for stream in streams:
+        stream.flush()
+        assert stream.buffer.getvalue().decode() == "n\u00e9 \u4f60\n"
+
+
 def test_files_come_in_sorted_as_plain_text_and_joined_by_end_of_text(capsys):
     files = {"b.TXT": "second " * 30, "a.txt": "\ufefffirst\r\n", "sub/c.txt": "<|endoftext|> third " * 10}
     others = {"c.md": "no", "._a.txt": "hidden", ".git/d.txt": "hidden"}

@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,12 +211,16 @@ def test_a_long_prompt_keeps_its_last_tokens_and_says_so(checkpoints, capsys):
         (["--model", "gpt2"], "run python convert_gpt2.py gpt2 first"),
         (["--model", "adapter"], "--model ITS_BASE --adapter adapter"),
         (["--prompt", "a\ud800"], "is not UTF-8 text"),
-        ([], "is not UTF-8 text"),
+        ([], "stdin is not UTF-8 text, see line 2, byte 6: if it is cp1252"),
+        (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text, see line 2, byte 9"),
+        (["--prompt_file", "utf16.txt"], "iconv -f utf-16 -t utf-8"),
         (["--prompt", "a", "--temprature", "1"], "did you mean --temperature?"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(checkpoints, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9" if not flags else b"a")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\r\ncaf\xe9" if not flags else b"a")))
+    Path("latin.txt").write_bytes(b"\xef\xbb\xbfa\r\ncaf\xe9")
+    Path("utf16.txt").write_bytes("a".encode("utf-16"))
     for name, file in (("other", "config.json"), ("adapter", "adapter_config.json")):
         (checkpoints / name).mkdir()
         (checkpoints / name / file).write_text("{}")
