@@ -109,16 +109,33 @@ def load_reference(model, tokenizer, folder=None):
     return reference.eval()
 
 
-def same_vocabulary(tokenizer, folder):
-    """Does the published tokenizer give the same tokens as ours? None if there is none in the folder."""
+def insert(tokenizer, special, text):
+    """text -> ids, with the names of special tokens replaced by their ids."""
+    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text)
+    ids = [[special[piece]] if piece in special else tokenizer.encode(piece) for piece in pieces]
+    return [i for piece in ids for i in piece]
+
+
+def different_text(tokenizer, special, folder, vocab_size):
+    """The first text to which the published tokenizer gives other ids than ours, or "". None without a tokenizer there.
+
+    Special and added tokens are among the texts, except padding and an <|endoftext|> for which the model has no row.
+    """
     import transformers
 
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return None
     try:
         published = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception:
-        return None
-    text = f"{PARAGRAPH}\n\n  {PARAGRAPH.upper()}\t1234 naïve 日本 🎉"
-    return published(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    except Exception as error:
+        raise InputError(f"transformers can't load the tokenizer in {folder}: {error}") from error
+    added = published.get_added_vocab()
+    unused = {published.pad_token, *(name for name in (EOT,) if added.get(name, 0) >= vocab_size)}
+    texts = [f"{PARAGRAPH}\n\n  {PARAGRAPH.upper()}\t1234 naïve 日本 🎉", " begins with a space", "a"]
+    texts += [f"a {name} b{name}c" for name in added if name in special or name not in unused]
+    known = {name: i for name, i in special.items() if name in added}
+    wrong = [text for text in texts if published(text)["input_ids"] != insert(tokenizer, known, text)]
+    return wrong[0] if wrong else ""
 
 
 @torch.no_grad()
