@@ -184,10 +184,11 @@ def added_tokens(folder, vocab, end):
     names = [content for content, i in ids.items() if i == end]
     padding = {content for _, use, content, _, _ in declared if use == "pad_token"}
     accepted = {*names, *padding, EOT}
-    for file, use, content, _, token in declared:
+    for file, _, content, _, token in declared:
         harmless = content in accepted and is_marker(content)
-        away = f"delete it from {file} if your texts do not use it"
-        require(harmless, f"{file}: a text with {content!r} ({use}) has other ids in transformers than here: {away}")
+        where = ", ".join(dict.fromkeys(f"{file} ({use})" for file, use, also, *_ in declared if also == content))
+        away = "delete it there if your texts do not use it"
+        require(harmless, f"a text with {content!r} has other ids in transformers than here, by {where}: {away}")
         odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
         require(not odd or content in padding, f"{file}: {content} has the option {', '.join(odd)}, and ours has not")
     return ids

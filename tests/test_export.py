@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import convert_gpt2
 import gpt
-from extras import export
+from extras import export, published
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -144,7 +144,7 @@ def test_gguf_holds_the_shape_and_the_vocabulary():
     shape |= {"attention.head_count": 4, "attention.layer_norm_epsilon": pytest.approx(1e-5)}
     assert {key: fields[f"gpt2.{key}"] for key in shape} == shape and fields["general.architecture"] == "gpt2"
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    byte_of = {character: byte for byte, character in convert_gpt2.characters().items()}
+    byte_of = {character: byte for byte, character in published.characters().items()}
     for token, i in tokenizer.ranks.items():
         assert bytes(byte_of[c] for c in tokens[i]) == token
     assert len(tokens) == len(kinds) == model.config.vocab_size and tokens[tokenizer.eot] == "<|endoftext|>"
