@@ -154,8 +154,12 @@ def declared_tokens(folder):
         yield "tokenizer.json", "added_tokens", token["content"], token["id"], token
     for content, i in read_if_there(folder / "added_tokens.json").items():
         yield "added_tokens.json", "added_tokens", content, i, {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        described = read_if_there(folder / file)
+    files = {name: read_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+    options, older = files.values()
+    if "GPT2" in (options.get("tokenizer_class") or "GPT2Tokenizer"):  # with defaults of its own
+        absent = [use for use in ("bos_token", "eos_token", "unk_token") if use not in options and use not in older]
+        files["tokenizer_config.json"] = dict.fromkeys(absent, EOT) | options
+    for file, described in files.items():
         for i, token in described.get("added_tokens_decoder", {}).items():
             yield file, "added_tokens_decoder", token["content"], int(i), token
         uses = [(key, value) for key, value in described.items() if key.endswith("_token")]
@@ -189,8 +193,11 @@ def added_tokens(folder, vocab, end):
         where = ", ".join(dict.fromkeys(f"{file} ({use})" for file, use, also, *_ in declared if also == content))
         away = "delete it there if your texts do not use it"
         require(harmless, f"a text with {content!r} has other ids in transformers than here, by {where}: {away}")
+        used = content in (*names, EOT)
+        absent = f"{content}, which transformers adds to the vocabulary by {where}, has no id there: name another"
+        require(content in ids or not used, absent)
         odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
-        require(not odd or content in padding, f"{file}: {content} has the option {', '.join(odd)}, and ours has not")
+        require(not odd or not used, f"{file}: {content} has the option {', '.join(odd)}, and ours has not")
     return ids
 
 
@@ -226,7 +233,8 @@ def build(ranks, others, end):
     """Ids of bytes and merges, of other tokens, and of the end of text -> Tokenizer, {special token: id}."""
     wrong = "the vocabulary is not GPT-2's"
     names = {i: content for content, i in others.items()}
-    require(len(names) == len(others), f"{wrong}: two of its added tokens have the same id")
+    twice = len(names) < len(others) or names.keys() & ranks.values()
+    require(not twice, f"{wrong}: two of its tokens have the same id")
     at = [f"is {token.decode(errors='replace')!r}" for token, i in ranks.items() if i == end] or ["no token has"]
     choices = ", ".join(f"{i} ({content})" for i, content in names.items()) or "an added token, and this has none"
     mend = f"set eos_token_id in config.json and generation_config.json to the end of text: {choices}"
