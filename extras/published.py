@@ -194,7 +194,7 @@ def added_tokens(folder, vocab, end):
         away = "delete it there if your texts do not use it"
         require(harmless, f"a text with {content!r} has other ids in transformers than here, by {where}: {away}")
         used = content in (*names, EOT)
-        absent = f"{content}, which transformers adds to the vocabulary by {where}, has no id there: name another"
+        absent = f"the vocabulary has no {content}, and transformers adds it by {where}: name another token there"
         require(content in ids or not used, absent)
         odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
         require(not odd or not used, f"{file}: {content} has the option {', '.join(odd)}, and ours has not")

@@ -157,7 +157,7 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "ln_f.bias holds numbers": lambda hf: put(hf, "transformer.ln_f.bias", torch.full((16,), torch.nan)),
     "its head is not tied": lambda hf: put(hf, "lm_head.weight", torch.ones(257, 16)),
     "model.safetensors is damaged": lambda hf: os.truncate(hf / "model.safetensors", 5000),
-    "run `git lfs pull`": lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs"),
+    "h.0.attn.c_attn.bias, not h.0.attn.c_attn.bias; .*: save the model inside": lambda hf: wrap(hf, "module."),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
     "has no config.json": lambda hf: (hf / "config.json").unlink(),
     "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
@@ -168,12 +168,38 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
 }
 
 
+def wrap(folder, prefix):
+    """The names that a model has inside a wrapper, as DataParallel's module. and torch.compile's _orig_mod."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_gpt2_or_damaged_is_refused_by_name_and_no_pickle_runs_code(hf, message):
     spoil = REFUSED[message]
     spoil(hf) if callable(spoil) else edit(hf / "config.json", **spoil)
     refused(message, converted)
     assert not os.path.exists("ours") and not os.path.exists("executed")
+
+
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+FILES += ["merges.txt", "model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pointer_of_git_lfs_is_recognized_in_every_file(hf, name):
+    if name.endswith(".bin"):
+        (hf / "model.safetensors").unlink()
+    (hf / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 5000\n")
+    refused(f"{name} is a pointer of git-lfs, not the file: run `git lfs pull` in hf", converted)
+
+
+def test_a_missing_size_is_gpt2s_and_other_names_are_understood(capsys):
+    described = {"n_layer": 2, "num_attention_heads": 3, "max_position_embeddings": 90}
+    config = convert_gpt2.read_config(described)
+    assert (config.block_size, config.n_layer, config.n_head) == (90, 2, 3)
+    assert (config.vocab_size, config.n_embd) == (50257, 768)
+    assert "config.json has no n_embd: GPT-2's is 768" in capsys.readouterr().err
 
 
 # ---- Vocabularies ----
@@ -224,9 +250,13 @@ def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary
 @pytest.mark.parametrize("specials", [["<s>", "<pad>", "</s>"], [], ["<pad>"]], ids=str)
 def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path, specials):
     trained_by_tokenizers(tmp_path, specials)
-    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
-    if specials:  # but the config may give it another name
-        assert convert_gpt2.read_tokenizer(tmp_path, end=0)[0].eot == 0
+    refused("the vocabulary has no <|endoftext|>", convert_gpt2.read_tokenizer, tmp_path)
+    if specials:  # but it may have another name
+        named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials[-1])
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        tokenizer, special = convert_gpt2.read_tokenizer(tmp_path, end=len(specials) - 1)
+        assert special == {specials[-1]: len(specials) - 1} and tokenizer.eot == len(specials) - 1
+        assert tokenizer.decode(range(tokenizer.eot)) == "".join(specials[:-1]), "the others are decoded as their names"
 
 
 VOCABULARY_DAMAGE = [{"A": None}, {"A": 1}, {"A": [7]}, {"A": 34.0}, {"<|endoftext|>": 400}, "reversed", "日 本\n"]

@@ -112,6 +112,23 @@ def test_there_and_back_is_bit_exact(kind):
     assert all(ours[key] == back[key] for key in ("model", "tokenizer", "eot", "special_tokens"))
 
 
+def test_an_end_of_text_of_its_own_comes_back_too():
+    """GPT-2's end of text is then a token that no text gives, and the end has another id and name."""
+    ranks = TOKENIZERS["bpe"].ranks
+    tokenizer = gpt.Tokenizer(ranks | {gpt.EOT.encode(): len(ranks)}, "bpe", len(ranks) + 1)
+    model = checkpoint(tokenizer)
+    special = {"<|end|>": tokenizer.eot, gpt.EOT: len(ranks)}
+    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, special_tokens=special)
+    to_hf()
+    theirs = transformers.AutoTokenizer.from_pretrained("theirs")
+    assert theirs.eos_token == "<|end|>" and theirs("<|end|><|endoftext|>")["input_ids"] == [*special.values()]
+    convert_gpt2.main(["theirs", "--out", "back"])
+    assert gpt.load_checkpoint("back")[1].dumps() == tokenizer.dumps()
+    assert json.loads(Path("back/config.json").read_text())["special_tokens"] == special
+    fields, _ = to_gguf()
+    assert [fields["tokenizer.ggml.tokens"][i] for i in special.values()] == [*special]
+
+
 def llama_name(name):
     """What llama.cpp calls one of our parameters, written down independently of extras.export."""
     table = "transformer.h=blk transformer.wte=token_embd transformer.wpe=position_embd transformer.ln_f=output_norm "

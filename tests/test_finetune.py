@@ -135,24 +135,6 @@ def test_patience_ends_training_and_adapter_and_merged_model_are_those_of_the_be
     assert relative_error(ours(IDX)[0], gpt.load_checkpoint("tuned")[0](IDX)[0]) < 1e-5
 
 
-UNFIT = {
-    "another kind": ({"use_dora": True}, "it is not plain LoRA: use_dora is True"),
-    "another base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    "another rank": ({"r": 3}, "does not fit the model and the rank of 3"),
-}
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_an_adapter_that_does_not_fit_is_refused(base, case):
-    keys, message = UNFIT[case]
-    lora.save_adapter(lora.adapt(base), "adapter", "scratch")
-    lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
-    path = Path("adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    with pytest.raises(gpt.InputError, match=message):
-        lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
-
-
 # ---- The run ----
 def test_by_default_the_last_blocks_of_scratch_are_trained_into_a_checkpoint_of_its_own(base, capsys):
     finetune.main(SHORT.split())

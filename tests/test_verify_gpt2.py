@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,45 @@ def test_a_different_vocabulary_is_a_difference(both, capsys):
     verify("ours", expect=1)
     verdict = rows_of(capsys)[-1]
     assert verdict["same_vocabulary"] is False and verdict["relative_error"] < 1e-5
+
+
+def edit(name, **changes):
+    described = json.loads(Path("hf", name).read_text()) | changes
+    Path("hf", name).write_text(json.dumps(described))
+
+
+TOKENS = {  # what the verdict says -> a change of the published files since
+    "same_vocabulary": lambda: edit("tokenizer_config.json", extra_special_tokens=["<|user|>"]),
+    "same_end": lambda: edit("generation_config.json", eos_token_id=[256, 7]),
+}
+
+
+@pytest.mark.parametrize("figure", TOKENS)
+def test_another_special_token_or_end_of_text_is_a_difference(both, capsys, figure):
+    TOKENS[figure]()
+    verify("ours", expect=1)
+    verdict = rows_of(capsys)[-1]
+    assert not verdict["equal"] and {key for key in TOKENS if not verdict[key]} == {figure}
+    assert verdict["first_difference"] is None and "<|user|>" in (verdict["different_text"] or "<|user|>")
+
+
+def test_a_template_that_puts_a_token_in_front_is_a_difference(both, capsys):
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": gpt.EOT, "type_id": 0}}, sequence]}
+    special = {gpt.EOT: {"id": gpt.EOT, "ids": [256], "tokens": [gpt.EOT]}}
+    edit("tokenizer.json", post_processor=template | {"pair": [sequence], "special_tokens": special})
+    verify("ours", expect=1)
+    assert rows_of(capsys)[-1]["same_vocabulary"] is False
+
+
+FORMS = [{"reorder_and_upcast_attn": True}, {"return_dict": False}, {"output_attentions": True}, {"use_cache": False}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_another_precision_or_form_of_the_same_computation_is_equal(both, capsys, form):
+    edit("config.json", **form)
+    verify("ours")
+    assert rows_of(capsys)[-1]["equal"]
 
 
 def test_without_the_published_files_nothing_is_called_proven(both, capsys):
