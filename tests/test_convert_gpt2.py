@@ -190,7 +190,7 @@ FILES += ["merges.txt", "model.safetensors", "pytorch_model.bin"]
 def test_a_pointer_of_git_lfs_is_recognized_in_every_file(hf, name):
     if name.endswith(".bin"):
         (hf / "model.safetensors").unlink()
-    (hf / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 5000\n")
+    (hf / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000\n")
     refused(f"{name} is a pointer of git-lfs, not the file: run `git lfs pull` in hf", converted)
 
 
@@ -227,15 +227,6 @@ def test_a_vocabulary_that_begins_with_the_end_of_text_gives_the_same_tokens(enc
     assert ours.eot == 0 and ours.vocab_size == theirs.get_vocab_size()
     assert ours.encode(text) == theirs.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
-
-
-def test_tokenizer_json_alone_is_enough_if_it_splits_text_as_gpt2_does(tmp_path):
-    ours, folder = gpt.Tokenizer.bpe([PROSE], 300), tmp_path / "hf"
-    published(folder, ours)
-    (folder / "vocab.json").unlink()
-    assert convert_gpt2.read_tokenizer(folder)[0].dumps() == ours.dumps()
-    edit(folder / "tokenizer.json", model=[])
-    refused("is not GPT-2's", convert_gpt2.read_tokenizer, folder)
 
 
 def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary):

@@ -13,17 +13,19 @@ from conftest import PROSE, published
 
 import convert_gpt2
 import gpt
+from debug import verify_gpt2
 
 transformers = pytest.importorskip("transformers")
 
-EOT = gpt.EOT
-OURS = gpt.Tokenizer.bpe([PROSE], 300)
-END = OURS.eot
+EOT, OURS = gpt.EOT, gpt.Tokenizer.bpe([PROSE], 300)
+END, PAD = OURS.eot, OURS.eot + 1
+FULL, OPTIONS, MAP, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
-    """A model whose greedy text soon comes to the end of text, and sometimes to the token after it."""
+    """A model whose greedy text soon comes to the end of text, or to the token after it, but not always."""
     folder = tmp_path_factory.mktemp("origin")
     model = published(folder, OURS, seed=1, vocab_size=END + 4)
     with torch.no_grad():
@@ -38,21 +40,20 @@ def hf(origin, own_folder):
     return Path(shutil.copytree(origin, "hf"))
 
 
-def edit(name, **changes):
-    """Change a JSON file of the folder, or write it; a value of ... removes the key."""
-    path = Path("hf", name)
-    described = (json.loads(path.read_text()) if path.exists() else {}) | changes
-    path.write_text(json.dumps({key: value for key, value in described.items() if value is not ...}))
+def read(name):
+    return json.loads(Path("hf", name).read_text()) if Path("hf", name).exists() else {}
 
 
-def inside(name, key, **changes):
-    """The same one level deeper."""
-    edit(name, **{key: json.loads(Path("hf", name).read_text())[key] | changes})
+def edit(files):
+    """{file: {key: value}} -> changes in these files; a value of ... removes the key."""
+    for name, changes in files.items():
+        described = read(name) | changes
+        Path("hf", name).write_text(json.dumps({key: value for key, value in described.items() if value is not ...}))
 
 
-def ends_at(*ids, files=("config.json", "generation_config.json")):
-    for file in files:
-        edit(file, eos_token_id=ids[0] if len(ids) == 1 else list(ids))
+def inside(key, **changes):
+    """Changes of one part of tokenizer.json."""
+    edit({FULL: {key: read(FULL)[key] | changes}})
 
 
 def saved(*words, **special):
@@ -63,6 +64,11 @@ def saved(*words, **special):
     tokenizer.save_pretrained("hf")
 
 
+def remove(*names):
+    for name in names:
+        Path("hf", name).unlink()
+
+
 def rename(name):
     """Another name for the end of text, everywhere."""
     for path in Path("hf").glob("*.json"):
@@ -70,11 +76,16 @@ def rename(name):
 
 
 def template(*single):
-    pair = [{"Sequence": {"id": which, "type_id": 0}} for which in "AB"]
-    single = [{"SpecialToken": {"id": part, "type_id": 0}} if part else pair[0] for part in single]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [{"SpecialToken": {"id": part, "type_id": 0}} if part else text for part in single]
     special = {EOT: {"id": EOT, "ids": [END], "tokens": [EOT]}}
-    edit("tokenizer.json", post_processor={"type": "TemplateProcessing", "single": single, "pair": pair,
-                                           "special_tokens": special})  # fmt: skip
+    described = {"type": "TemplateProcessing", "single": single, "pair": [text], "special_tokens": special}
+    return {FULL: {"post_processor": described}}
+
+
+def ends_at(*ids):
+    end = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+    return {CONFIG: end, GENERATION: end}
 
 
 def token(content=EOT, **options):
@@ -82,164 +93,125 @@ def token(content=EOT, **options):
     return flags | {"content": content} | options
 
 
-def an_end_of_its_own():
-    saved(eos_token="<|end|>")
-    ends_at(END + 1)
-
-
-def padding_in_old_files():
-    edit("special_tokens_map.json", pad_token="[PAD]")
-    edit("added_tokens.json", **{"[PAD]": END + 1})
-
-
-def a_stale_vocabulary():
-    vocab = json.loads(Path("hf/vocab.json").read_text())
-    edit("vocab.json", he=vocab["as"], **{"as": vocab["he"]})
+def stale_vocabulary():
+    vocab = read("vocab.json")
+    edit({"vocab.json": {"he": vocab["as"], "as": vocab["he"]}})
 
 
 def fewer_merges():
-    lines = Path("hf/merges.txt").read_text().splitlines()
-    Path("hf/merges.txt").write_text("\n".join(lines[:-20]) + "\n")
+    path = Path("hf/merges.txt")
+    path.write_text("\n".join(path.read_text().splitlines()[:-20]) + "\n")
 
 
-def as_pretrained_class(name):
-    return lambda: edit("tokenizer_config.json", tokenizer_class=name)
-
-
+CUT = {"direction": "Right", "max_length": 3, "stride": 0, "strategy": "LongestFirst"}
+ROBERTA = {"type": "RobertaProcessing", "sep": [EOT, END], "cls": [EOT, END], "trim_offsets": True,
+           "add_prefix_space": False}  # fmt: skip
 SAME = {  # settings that give the same ids and text
-    "GPT2Tokenizer": as_pretrained_class("GPT2Tokenizer"),
-    "no tokenizer.json": lambda: [Path("hf/tokenizer.json").unlink(), as_pretrained_class("GPT2Tokenizer")()],
-    "no vocab.json": lambda: [Path("hf", name).unlink() for name in ("vocab.json", "merges.txt")],
+    "GPT2Tokenizer": {OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}},
+    "no tokenizer.json": lambda: [remove(FULL), edit({OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}})],
+    "no vocab.json": lambda: remove("vocab.json", "merges.txt"),
     "saved again": saved,
     "padding": lambda: saved(pad_token="<pad>"),
-    "padding in old files": padding_in_old_files,
-    "padding is the end": lambda: edit("special_tokens_map.json", pad_token=EOT),
-    "an end of its own": an_end_of_its_own,
+    "padding in old files": {MAP: {"pad_token": "[PAD]"}, ADDED: {"[PAD]": PAD}},
+    "padding is the end": {MAP: {"pad_token": EOT}},
+    "an end of its own": lambda: [saved(eos_token="<|end|>"), edit(ends_at(END + 1))],
     "the end renamed": lambda: rename("</s>"),
-    "its end in a list": lambda: ends_at(END, END),
-    "generation_config.json goes first": lambda: ends_at(7, files=["config.json"]),
-    "a template of the text alone": lambda: template(None),
-    "merges at every word": lambda: inside("tokenizer.json", "model", ignore_merges=False),
-    "truncation": lambda: edit("tokenizer.json", truncation={"direction": "Right", "max_length": 3, "stride": 0,
-                                                              "strategy": "LongestFirst"}),
-    "higher precision": lambda: edit("config.json", reorder_and_upcast_attn=True),
-    "another name for n_head": lambda: edit("config.json", n_head=..., num_attention_heads=2),
-}  # fmt: skip
-REFUSED = {  # the reason -> a setting that does not
-    "special_tokens_map.json (pad_token)": lambda: edit("special_tokens_map.json", pad_token="!"),
-    "tokenizer.json (added_tokens), tokenizer_config.json (extra_special_tokens)": lambda: saved(
-        extra_special_tokens=["<|user|>"]
-    ),
-    "by tokenizer_config.json (additional_special_tokens)": lambda: edit(
-        "tokenizer_config.json", additional_special_tokens=[token("<|user|>")]
-    ),
-    "special_tokens_map.json (sep_token)": lambda: edit("special_tokens_map.json", sep_token="<sep>"),
-    "tokenizer_config.json (bos_token)": lambda: edit("tokenizer_config.json", bos_token="<s>"),
-    "tokenizer_config.json (image_token)": lambda: edit("tokenizer_config.json", image_token="<image>"),
+    "its end in a list": ends_at(END, END),
+    "generation_config.json goes first": {CONFIG: {"eos_token_id": 7}},
+    "a template of the text alone": template(None),
+    "merges at every word": lambda: inside("model", ignore_merges=False),
+    "truncation": {FULL: {"truncation": CUT}},
+    "higher precision": {CONFIG: {"reorder_and_upcast_attn": True}},
+    "another name for n_head": {CONFIG: {"n_head": ..., "num_attention_heads": 2}},
+}
+REFUSED = {  # the reason -> a setting that gives others
+    "special_tokens_map.json (pad_token)": {MAP: {"pad_token": "!"}},
+    "special_tokens_map.json (sep_token)": {MAP: {"sep_token": "<sep>"}},
+    "tokenizer_config.json (bos_token)": {OPTIONS: {"bos_token": "<s>"}},
+    "tokenizer_config.json (image_token)": {OPTIONS: {"image_token": "<image>"}},
+    "tokenizer_config.json (additional_special_tokens)": {OPTIONS: {"additional_special_tokens": [token("<|user|>")]}},
+    "tokenizer.json (added_tokens), tokenizer_config.json (extra": lambda: saved(extra_special_tokens=["<|user|>"]),
+    "tokenizer_config.json (added_tokens_decoder)": {OPTIONS: {"added_tokens_decoder": {END + 1: token("there")}}},
+    "added_tokens.json (added_tokens)": {ADDED: {"jumps": END + 1}},
     "a text with 'hello'": lambda: saved("hello"),
-    "added_tokens.json (added_tokens)": lambda: edit("added_tokens.json", jumps=END + 1),
     "a text with 'STOP'": lambda: rename("STOP"),
-    "tokenizer_config.json (added_tokens_decoder)": lambda: edit(
-        "tokenizer_config.json", added_tokens_decoder={END: token(), END + 1: token("there")}
-    ),
-    f"two files disagree: {EOT} is id {END}, and 5": lambda: edit("added_tokens.json", **{EOT: 5}),
-    "has the option lstrip": lambda: edit("tokenizer.json", added_tokens=[token(id=END, lstrip=True)]),
-    "eos_token_id is None": lambda: ends_at(None),
-    f"eos_token_id is [{END}, 7]": lambda: ends_at(END, 7),
-    "ends at id 104, which is 'h'": lambda: ends_at(104),
-    "ends at id 50256, which no token has": lambda: [
-        Path("hf/generation_config.json").unlink(), edit("config.json", eos_token_id=...)
-    ],
-    "its post_processor adds tokens": lambda: template(EOT, None),
-    "its post_processor adds tokens: {'type': 'Roberta": lambda: edit(
-        "tokenizer.json",
-        post_processor={"type": "RobertaProcessing", "sep": [EOT, END], "cls": [EOT, END], "trim_offsets": True,
-                        "add_prefix_space": False},
-    ),
-    "add_bos_token is True": lambda: edit("tokenizer_config.json", add_bos_token=True),
-    "add_prefix_space is True": lambda: edit("tokenizer_config.json", add_prefix_space=True),
-    "split_special_tokens is True": lambda: edit("tokenizer_config.json", split_special_tokens=True),
-    "its tokenizer_class is Qwen2Tokenizer": as_pretrained_class("Qwen2Tokenizer"),
-    "its tokenizer_class is OPTTokenizer": lambda: [
-        edit("tokenizer_config.json", tokenizer_class=...), edit("config.json", tokenizer_class="OPTTokenizer")
-    ],
-    "its pre_tokenizer is": lambda: inside("tokenizer.json", "pre_tokenizer", add_prefix_space=True),
-    "its pre_tokenizer is {'type': 'Whitespace'": lambda: edit("tokenizer.json", pre_tokenizer={"type": "Whitespace"}),
-    "its normalizer is": lambda: edit("tokenizer.json", normalizer={"type": "Lowercase"}),
-    "its decoder is": lambda: edit("tokenizer.json", decoder={"type": "Fuse"}),
-    "its dropout is 0.5": lambda: inside("tokenizer.json", "model", dropout=0.5),
-    "disagrees with vocab.json": a_stale_vocabulary,
+    f"two files disagree: {EOT} is id {END}, and 5": {ADDED: {EOT: 5}},
+    "has the option lstrip": {FULL: {"added_tokens": [token(id=END, lstrip=True)]}},
+    "eos_token_id is None": ends_at(None),
+    f"eos_token_id is [{END}, 7]": ends_at(END, 7),
+    "ends at id 104, which is 'h'": ends_at(104),
+    "ends at id 50256, which no token has": lambda: [remove(GENERATION), edit({CONFIG: {"eos_token_id": ...}})],
+    "its post_processor adds tokens": template(EOT, None),
+    "its post_processor adds tokens: {'type': 'Roberta": {FULL: {"post_processor": ROBERTA}},
+    "add_bos_token is True": {OPTIONS: {"add_bos_token": True}},
+    "add_prefix_space is True": {OPTIONS: {"add_prefix_space": True}},
+    "split_special_tokens is True": {OPTIONS: {"split_special_tokens": True}},
+    "its tokenizer_class is Qwen2Tokenizer": {OPTIONS: {"tokenizer_class": "Qwen2Tokenizer"}},
+    "tokenizer_class is OPTTokenizer": {
+        OPTIONS: {"tokenizer_class": ...},
+        CONFIG: {"tokenizer_class": "OPTTokenizer"},
+    },
+    "its pre_tokenizer is": lambda: inside("pre_tokenizer", add_prefix_space=True),
+    "its pre_tokenizer is {'type': 'Whitespace'": {FULL: {"pre_tokenizer": {"type": "Whitespace"}}},
+    "its normalizer is": {FULL: {"normalizer": {"type": "Lowercase"}}},
+    "its decoder is": {FULL: {"decoder": {"type": "Fuse"}}},
+    "its dropout is 0.5": lambda: inside("model", dropout=0.5),
+    "disagrees with vocab.json": stale_vocabulary,
     "disagrees with vocab.json and merges.txt": fewer_merges,
-    "its prefix is 'So,'": lambda: edit("config.json", prefix="So,"),
-}  # fmt: skip
+    "its prefix is 'So,'": {CONFIG: {"prefix": "So,"}},
+}
 SETTINGS = SAME | REFUSED
 
 
-def texts_of(published):
-    """Texts with every added token, except those for padding."""
-    names = [
-        name for name in published.get_added_vocab() if name in (published.eos_token, EOT) or "pad" not in name.lower()
-    ]
-    return [PROSE[:300], " naïve 12 hello there!\n\nIt's", *(f"the {name} jumps{name}" for name in names)]
+def apply(setting):
+    change = SETTINGS[setting]
+    change() if callable(change) else edit(change)
 
 
-def ids_of(tokenizer, special, text):
-    """Our ids, with special tokens put in by id, as gpt.py does it."""
-    ids = []
-    for piece in re.split("(" + "|".join(map(re.escape, special)) + ")", text):
-        ids += [special[piece]] if piece in special else tokenizer.encode(piece)
-    return ids
+def convert():
+    convert_gpt2.convert("hf", "ours", overwrite=True)
 
 
 @torch.no_grad()
 def assert_same():
+    """verify_gpt2 compares the ids, and greedy text ends where transformers' does; which rows ended?"""
     model, tokenizer = gpt.load_checkpoint("ours")
-    described = json.loads(Path("ours/config.json").read_text())
-    theirs = transformers.AutoTokenizer.from_pretrained("hf")
-    special = {name: i for name, i in described["special_tokens"].items() if name in theirs.get_added_vocab()}
-    for text in texts_of(theirs):
-        assert ids_of(tokenizer, special, text) == theirs(text)["input_ids"], text
-    reference = transformers.GPT2LMHeadModel.from_pretrained("hf")
+    special = json.loads(Path("ours/config.json").read_text())["special_tokens"]
+    assert verify_gpt2.different_text(tokenizer, special, "hf", model.config.vocab_size) == ""
     idx = torch.arange(97, 121).view(8, 3)
     options = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 10, "do_sample": False}
+    reference = transformers.GPT2LMHeadModel.from_pretrained("hf")
     exact = reference.generate(idx, **options, pad_token_id=tokenizer.eot)
     assert torch.equal(model.generate(idx, 10, temperature=0, eot=tokenizer.eot), exact)
-    return exact[:, 3:]
-
-
-def convert(setting):
-    SETTINGS[setting]()
-    convert_gpt2.convert("hf", "ours", overwrite=True)
+    return (exact == tokenizer.eot).any(dim=1)
 
 
 @pytest.mark.parametrize("setting", SAME)
 def test_a_setting_that_changes_no_id_is_accepted(hf, setting):
-    convert(setting)
-    new = assert_same()
-    ended = (new == json.loads(Path("ours/config.json").read_text())["eot"]).any(dim=1)
+    apply(setting)
+    convert()
+    ended = assert_same()
     assert ended.any() and not ended.all(), "some texts end, and some do not"
 
 
 @pytest.mark.parametrize("setting", REFUSED)
 def test_a_setting_that_changes_ids_or_the_end_is_refused_by_name(hf, setting):
+    apply(setting)
     with pytest.raises(gpt.InputError, match=re.escape(setting)):
-        convert(setting)
+        convert()
     assert not Path("ours").exists()
 
 
-def accepted_or_refused(first, second):
-    for setting in (first, second):
+def accepted_or_refused(*settings):
+    for setting in settings:
         with contextlib.suppress(Exception):  # one may have removed the other's file, or be wrong for transformers
-            SETTINGS[setting]()
+            apply(setting)
     with contextlib.suppress(gpt.InputError):
-        convert_gpt2.convert("hf", "ours", overwrite=True)
+        convert()
         assert_same()
 
 
-PAIRS = list(itertools.combinations(SAME, 2))
-
-
-@pytest.mark.parametrize("pair", PAIRS[::9], ids="+".join)
+@pytest.mark.parametrize("pair", [*itertools.combinations(SAME, 2)][::9], ids="+".join)
 def test_of_two_settings_too(hf, pair):
     accepted_or_refused(*pair)
 
@@ -247,8 +219,7 @@ def test_of_two_settings_too(hf, pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_of_all_pairs_of_settings(origin, setting):
-    names = list(SETTINGS)
-    for other in names[names.index(setting) :]:
+    for other in [*SETTINGS][[*SETTINGS].index(setting) :]:
         shutil.rmtree("hf", ignore_errors=True)
         shutil.copytree(origin, "hf")
         accepted_or_refused(setting, other)

@@ -79,28 +79,24 @@ def edit(name, **changes):
     Path("hf", name).write_text(json.dumps(described))
 
 
-TOKENS = {  # what the verdict says -> a change of the published files since
-    "same_vocabulary": lambda: edit("tokenizer_config.json", extra_special_tokens=["<|user|>"]),
-    "same_end": lambda: edit("generation_config.json", eos_token_id=[256, 7]),
-}
+FRONT = [{"SpecialToken": {"id": gpt.EOT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+TEMPLATE = {"type": "TemplateProcessing", "single": FRONT, "pair": FRONT}
+TEMPLATE |= {"special_tokens": {gpt.EOT: {"id": gpt.EOT, "ids": [256], "tokens": [gpt.EOT]}}}
+TOKENS = [  # a change of the published files since, and what the verdict says of it
+    ("same_vocabulary", "<|user|>", "tokenizer_config.json", {"extra_special_tokens": ["<|user|>"]}),
+    ("same_vocabulary", "The lighthouse", "tokenizer.json", {"post_processor": TEMPLATE}),
+    ("same_end", "", "generation_config.json", {"eos_token_id": [256, 7]}),
+    ("same_end", "", "generation_config.json", {"eos_token_id": None}),
+]
 
 
-@pytest.mark.parametrize("figure", TOKENS)
-def test_another_special_token_or_end_of_text_is_a_difference(both, capsys, figure):
-    TOKENS[figure]()
+@pytest.mark.parametrize(("figure", "text", "file", "change"), TOKENS)
+def test_other_ids_or_another_end_of_text_are_a_difference(both, capsys, figure, text, file, change):
+    edit(file, **change)
     verify("ours", expect=1)
     verdict = rows_of(capsys)[-1]
-    assert not verdict["equal"] and {key for key in TOKENS if not verdict[key]} == {figure}
-    assert verdict["first_difference"] is None and "<|user|>" in (verdict["different_text"] or "<|user|>")
-
-
-def test_a_template_that_puts_a_token_in_front_is_a_difference(both, capsys):
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": gpt.EOT, "type_id": 0}}, sequence]}
-    special = {gpt.EOT: {"id": gpt.EOT, "ids": [256], "tokens": [gpt.EOT]}}
-    edit("tokenizer.json", post_processor=template | {"pair": [sequence], "special_tokens": special})
-    verify("ours", expect=1)
-    assert rows_of(capsys)[-1]["same_vocabulary"] is False
+    assert not verdict["equal"] and {key for key in ("same_vocabulary", "same_end") if not verdict[key]} == {figure}
+    assert verdict["first_difference"] is None and text in (verdict["different_text"] or "")
 
 
 FORMS = [{"reorder_and_upcast_attn": True}, {"return_dict": False}, {"output_attentions": True}, {"use_cache": False}]
