@@ -178,6 +178,11 @@ def is_marker(content):
     return regex.fullmatch(r"[<\[|]\S*[\p{L}\p{N}]\S*[>\]|]", content) is not None
 
 
+def is_unused(content):
+    """Is this the name of a token that fills up a batch or a vocabulary, as <pad>, [unused7] and <|reserved_0|> do?"""
+    return is_marker(content) and re.search("pad|unused|reserved", content.lower()) is not None
+
+
 def added_tokens(folder, vocab, end):
     """{content: id} of the tokens that no text gives, those of `vocab` among them. Raises InputError."""
     declared = list(declared_tokens(folder))
@@ -187,9 +192,8 @@ def added_tokens(folder, vocab, end):
         require(same, f"two files disagree: {content} is id {ids.get(content)}, and {i} in {file}")
     names = [content for content, i in ids.items() if i == end]
     padding = {content for _, use, content, _, _ in declared if use == "pad_token"}
-    accepted = {*names, *padding, EOT}
     for file, _, content, _, token in declared:
-        harmless = content in accepted and is_marker(content)
+        harmless = is_unused(content) or content in (*names, *padding, EOT) and is_marker(content)
         where = ", ".join(dict.fromkeys(f"{file} ({use})" for file, use, also, *_ in declared if also == content))
         away = "delete it there if your texts do not use it"
         require(harmless, f"a text with {content!r} has other ids in transformers than here, by {where}: {away}")

@@ -84,6 +84,7 @@ TEMPLATE = {"type": "TemplateProcessing", "single": FRONT, "pair": FRONT}
 TEMPLATE |= {"special_tokens": {gpt.EOT: {"id": gpt.EOT, "ids": [256], "tokens": [gpt.EOT]}}}
 TOKENS = [  # a change of the published files since, and what the verdict says of it
     ("same_vocabulary", "<|user|>", "tokenizer_config.json", {"extra_special_tokens": ["<|user|>"]}),
+    ("same_vocabulary", "!", "tokenizer_config.json", {"pad_token": "!!"}),
     ("same_vocabulary", "The lighthouse", "tokenizer.json", {"post_processor": TEMPLATE}),
     ("same_end", "", "generation_config.json", {"eos_token_id": [256, 7]}),
     ("same_end", "", "generation_config.json", {"eos_token_id": None}),
