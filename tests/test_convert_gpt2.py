@@ -302,7 +302,7 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkey
 
 # ---- The download, from a server that answers as huggingface.co does, and makes trouble ----
 LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a download
-SMALL = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+SMALL = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 class Hub(ThreadingHTTPServer):
