@@ -7,7 +7,6 @@ adapted model starts as the base, bit for bit. Adapters are read and written in 
 import io
 import json
 import math
-import pickle
 import re
 from pathlib import Path
 
@@ -111,16 +110,20 @@ def exporter(folder, base, overwrite):
     return export_weights
 
 
-PLAIN = {  # the only values with which an adapter is LoRA as it is here; settings named nowhere must be empty or false
+PLAIN = {  # the values that LoRA as it is here may have; a setting that is not named here or below must be empty
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # the others change the base
 }
-NO_EFFECT = {  # the tensors tell, or only training and other settings ask for them
+NO_EFFECT = {  # the tensors show them, or they matter only in training or with other settings
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size"),
 }
+
+
+UNREADABLE = (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+UNREADABLE += (RecursionError,)  # of nested JSON
 
 
 def check_plain(config):
@@ -148,9 +151,10 @@ def read_adapter(folder):
     pickled = folder / "adapter_model.bin"
     if (folder / WEIGHTS).exists() or not pickled.exists():
         return config, load(read_file(folder / WEIGHTS))
+    content = io.BytesIO(read_file(pickled))
     try:
-        return config, torch.load(io.BytesIO(read_file(pickled)), "cpu", weights_only=True)  # runs no code
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return config, torch.load(content, "cpu", weights_only=True)  # builds tensors, and runs no code
+    except Exception as error:
         raise InputError(f"{pickled.name} holds other things than tensors, or is damaged") from error
 
 
@@ -170,8 +174,7 @@ def load_adapter(model, folder, base=None):
         for name in sorted(parameters.keys() | tensors.keys()):
             fits = name in parameters and name in tensors and parameters[name].shape == tensors[name].shape
             require(fits, f"{name} does not fit the model and the rank of {config['r']}")
-    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError,
-            RecursionError) as error:  # fmt: skip
+    except UNREADABLE as error:
         raise InputError(f"{folder} is not a readable adapter: {error}") from error
     made_for = config.get("base_model_name_or_path")
     if base and made_for and Path(made_for).name != Path(base).name:
