@@ -47,7 +47,7 @@ def special_tokens(tokenizer, named=None):
 
 def vocabulary(tokenizer, special):
     """-> {token as vocab.json spells it: its id}, in the order of the ids, with the special tokens."""
-    tokens = {spell(token): i for token, i in tokenizer.ranks.items() if i not in special.values()}
+    tokens = {spell(token): i for token, i in tokenizer.ranks.items()}
     return dict(sorted((tokens | special).items(), key=lambda item: item[1]))
 
 
