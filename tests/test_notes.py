@@ -1,6 +1,7 @@
 """The notes say what the code does: their Python blocks print what is below them, and their links lead somewhere."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import regex
@@ -8,6 +9,7 @@ import torch
 from conftest import CODE, ROOT
 
 sys.path.append(str(ROOT / "notes"))
+import drills
 from reprint import BLOCKS, run_blocks
 
 NOTES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "notes").glob("*.md"))}
@@ -40,7 +42,9 @@ def test_a_wrong_digit_is_noticed():
 
 
 @pytest.mark.parametrize("name", LESSONS)
-def test_a_block_prints_what_is_below_it(name, one_thread):
+def test_a_block_prints_what_is_below_it(name, one_thread, request):
+    if "get_encoding" in NOTES[name]:
+        request.getfixturevalue("gpt2_vocabulary")  # or the test is skipped
     for code, below, printed in run_blocks(NOTES[name], name):
         assert same(printed, below), f"{code}\n{printed}"
 
@@ -65,3 +69,75 @@ def test_functions_that_are_explained_exist(name):
 
 def test_the_index_links_to_every_note():
     assert set(regex.findall(r"\]\((\w+\.md)\)", NOTES["README.md"])) == NOTES.keys() - {"README.md"}
+
+
+SOLUTIONS = "".join(block[1] for block in BLOCKS.finditer(NOTES["README.md"]))  # attention and train
+BLOCK = """import gpt
+class Block(gpt.Block):
+    def __init__(self, config):
+        super().__init__(config)
+        self.up = None
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+"""
+
+
+def drill(code, capsys):
+    """Check a reader's file -> exit status, the lines printed."""
+    Path("mine.py").write_text(code)
+    with pytest.raises(SystemExit) as stopped:
+        drills.main(["mine.py"])
+    return stopped.value.code, capsys.readouterr().out.splitlines()
+
+
+def test_the_drills_accept_the_solutions(capsys):
+    status, lines = drill(SOLUTIONS + BLOCK, capsys)
+    assert status == 0 and {line.split()[0] for line in lines} == drills.DRILLS.keys()
+    assert all(line.endswith(" right") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "right, wrong, check, hint",
+    [
+        ("@ v", "@ v[..., :1]", "shape", "(2, 3, 5, 16)"),
+        (" / math.sqrt(D)", "", "scale", "by 1.000"),
+        ("math.sqrt(D)", "D", "scale", "by 0.06"),
+        ("triu(1)", "triu(0)", "weights", "diagonal"),
+        ("triu(1)", "triu(2)", "causality", "future"),
+        ("-math.inf", "0.0", "causality", "future"),
+        ("dim=-1", "dim=-2", "weights", "dim=-1"),
+        ("masked_fill(future, -math.inf).softmax(dim=-1)", "softmax(-1).masked_fill(future, 0)", "weights", "mask"),
+        ("q @ k.mT", "k @ q.mT", "result", "query"),
+        ("dim=-1)", "dim=-1).detach()", "gradient", "detach"),
+        ("ids[:, 1:]", "ids[:, :-1]", "weights", "targets"),
+        ("optimizer.zero_grad()", "pass", "weights", "add up"),
+        ("optimizer.step()", "optimizer.zero_grad(), optimizer.step()", "weights", "throws"),
+        ("torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "pass", "weights", "not clipped"),
+        ("AdamW", "Adam", "weights", "decay"),
+        ("AdamW", "SGD", "weights", "gradient descent"),
+        ("model.train()", "pass", "mode", "train()"),
+        ("loss.item()", "loss", "losses", "item()"),
+        ("x + self.attn(self.ln_1(x))", "self.attn(self.ln_1(x))", "residual", "x = x +"),
+        ("x + self.attn(self.ln_1(x))", "self.ln_1(x + self.attn(x))", "residual", "no LayerNorm"),
+        ("self.attn(self.ln_1(x))", "self.attn(self.ln_1(x).flip(1)).flip(1)", "causality", "future"),
+        ("self.attn(", "self.attn.c_proj(", "attention", "view"),
+        ("self.ln_2(x)", "self.ln_2(x - self.attn(self.ln_1(x)))", "result", "added"),
+        ("self.mlp(self.ln_2(x))", "self.mlp.c_proj(self.mlp.c_fc(self.ln_2(x)).relu())", "MLP", "gelu"),
+        ("self.mlp(self.ln_2(x))", "self.mlp.c_proj(gpt.F.gelu(self.mlp.c_fc(self.ln_2(x))))", "MLP", "tanh"),
+        ("self.up = None", "self.up = gpt.nn.Linear(24, 96)", "parameters", "up.weight"),
+        ("self.up = None", "self.mlp.c_fc = gpt.nn.Linear(24, 48)", "parameters", "mlp.c_fc.weight (96, 24)"),
+    ],
+)
+def test_a_drill_ends_at_a_mistake_and_names_it(right, wrong, check, hint, one_thread, capsys):
+    code = SOLUTIONS if right in SOLUTIONS else BLOCK
+    status, lines = drill(code.replace(right, wrong), capsys)
+    (line,) = [line for line in lines if " wrong: " in line]
+    assert status == 1 and line.split()[1] == check and hint in line
+
+
+def test_a_drill_needs_a_file_that_defines_one(capsys):
+    assert drill("x = 1", capsys) == (2, [])
+    with pytest.raises(SystemExit, match="2"):
+        drills.main(["missing.py"])

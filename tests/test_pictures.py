@@ -1,41 +1,160 @@
-"""The pictures of the notes are drawn from our own models, and the notes show no others."""
+"""The pictures of the notes are drawn from our own models, read on light and dark pages, and show computed numbers."""
 
-import matplotlib.image
+import shutil
+import xml.etree.ElementTree as ET
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib
 import pytest
 import regex
-from conftest import PROSE, ROOT, TINY
+import torch
+from conftest import PROSE, ROOT, TINY, run_main
+from PIL import ImageFont
 
 import gpt
-from notes import pictures
+from notes import diagrams, pictures, svg
 
-NAMES = {"mask.png", "schedule.png", "tokens.png", "sampling.png", "attention.png", "dropout.png"}
+NAMES = ["windows", "lookup", "qkv", "mask", "heads", "block", "gpt2", "tying", "cache", "transpose", "lora", "model"]
+NAMES += ["freezing", "schedule", "curve", "dropout", "tokens", "sampling", "nucleus", "attention"]
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def run(module_folder):
-    """A run with dropout, for curves and attention."""
+def drawn(module_folder):
+    """Every picture of a run with two blocks: {name: its XML}."""
     (module_folder / "prose.txt").write_text(PROSE)
     gpt.main([*TINY, "--data", "prose.txt", "--dropout", "0.2", "--out", "run"])
-    return module_folder / "run"
+    pictures.main(["--model", "run", "--curves", "run", "run", "--out", "."])
+    return {path.stem: ET.parse(path).getroot() for path in module_folder.glob("*.svg")}
 
 
-def test_all_are_drawn_and_not_empty(run, own_folder):
-    pictures.main(["--model", str(run), "--curves", str(run), "--out", "."])
-    assert {path.name for path in own_folder.glob("*.png")} == NAMES
-    for name in NAMES:
-        image = matplotlib.image.imread(name)
-        assert image.std() > 0.05 and image.shape[1] > 600, name
+def words_of(root):
+    return [element.text for element in root.iter(f"{SVG}text")]
 
 
-def test_the_curves_are_those_of_the_log(run):
-    dropout, steps, train, val = pictures.read_run(run)
-    rows = gpt.load_run(run)[0]["rows"]
-    assert dropout == 0.2 and steps == [0, 4, 8, 12]
-    assert train[1:] == [row["train_loss"] for row in rows[1:]] and val == [row["val_loss"] for row in rows]
+def outline(text):
+    """Where a text is drawn, in a wide font: left, top, right, bottom."""
+    size = float(text.get("font-size", 13))
+    mono = text.get("class") == "code"
+    font = "DejaVuSansMono" if mono else "DejaVuSans-Bold" if text.get("font-weight") else "DejaVuSans"
+    length = ImageFont.truetype(FONTS / f"{font}.ttf", 100).getlength(text.text) * size / 100
+    before = {"start": 0, "middle": 0.5, "end": 1}[text.get("text-anchor", "start")] * length
+    if text.get("transform"):
+        x, y = map(float, regex.findall(r"[\d.]+", text.get("transform"))[:2])
+        return x - 0.7 * size, y - length + before, x, y + before
+    x, y = float(text.get("x")), float(text.get("y"))
+    return x - before, y - 0.7 * size, x - before + length, y
 
 
-def test_the_notes_show_only_pictures_of_this_script_or_of_a_named_command():
+def test_every_picture_is_drawn(drawn):
+    assert sorted(drawn) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_reads_on_light_and_dark_pages(name, drawn):
+    root = drawn[name]
+    assert root.find(f"{SVG}title").text and root.find(f"{SVG}desc").text
+    style = root.find(f"{SVG}style").text
+    dark = style.split("@media (prefers-color-scheme: dark)")[1]
+    for kind in {element.get("class") for element in root.iter()} - {None, "code", "gray"}:
+        assert f".{kind} {{" in style.split("@media")[0] and f".{kind} {{" in dark, kind
+    for element in root.iter():
+        fixed = {element.get(key) for key in ("fill", "stroke", "color")} - {None}
+        assert not fixed and element.tag != f"{SVG}image"
+        assert element.get("class") or element.tag not in (f"{SVG}rect", f"{SVG}path", f"{SVG}polygon")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_large_enough_inside_the_picture_and_apart(name, drawn):
+    root = drawn[name]
+    texts = [text for text in root.iter(f"{SVG}text") if text.text]
+    assert all(float(text.get("font-size", 13)) >= 12 for text in texts)
+    places = {text: outline(text) for text in texts}
+    for text, (left, top, right, bottom) in places.items():
+        inside = left >= 0 and right <= int(root.get("width")) and top >= 0 and bottom <= int(root.get("height"))
+        assert inside, text.text
+    for a, b in combinations(texts, 2):
+        (left, top, right, bottom), (x0, y0, x1, y1) = places[a], places[b]
+        assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top, (a.text, b.text)
+
+
+def test_attention_is_that_of_the_formula(drawn):
+    scores, weights, output = diagrams.attend(diagrams.QUERIES, diagrams.KEYS, diagrams.VALUES)
+    assert [round(x, 2) for x in scores[2].tolist()] == [0.71, 1.41, 1.41]
+    assert [round(x, 2) for x in weights[2].tolist()] == [0.2, 0.4, 0.4]
+    torch.testing.assert_close(weights @ diagrams.VALUES, output)
+    for number in (*scores.flatten(), *weights.flatten(), *output.flatten()):
+        assert svg.number(number.item()) in words_of(drawn["qkv"])
+
+
+def test_the_tied_head_multiplies_with_the_rows_of_the_embedding(drawn):
+    logits = torch.tensor([-1.0, 1.0]) @ diagrams.EMBEDDING.T.float()  # the hidden state of the notes' example
+    expected = [svg.number(x) for x in (*logits.tolist(), *logits.softmax(-1).tolist())]
+    words = [word for word in words_of(drawn["tying"]) if regex.fullmatch(r"−?\d\.\d\d", word)]
+    assert words == expected
+
+
+def test_the_mask_hides_later_tokens_only(drawn):
+    cells = [word for word in words_of(drawn["mask"]) if word in ("0", "−∞")]
+    rows = [cells[8 * i : 8 * i + 8] for i in range(8 + 3)]
+    assert [row.count("0") for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]
+    assert all(row == sorted(row) for row in rows)  # first what is visible
+
+
+def test_dropout_keeps_the_mean_in_training_and_everything_after(drawn):
+    words = words_of(drawn["dropout"])
+    before, training, after = (list(map(int, words[9 * i : 9 * i + 8])) for i in range(3))
+    assert before == after and 0 < training.count(0) < 8
+    assert all(new in (0, old * 4 / 3) for old, new in zip(before, training, strict=True))
+
+
+def test_the_parameters_of_gpt2_add_up(drawn):
+    counts = [int(word.replace(",", "")) for word in words_of(drawn["gpt2"]) if regex.fullmatch(r"[\d,]{3,}", word)]
+    wte, wpe, *block, blocks, ln_f, total = counts
+    assert total == 124_439_808 == wte + wpe + blocks + ln_f and blocks == 12 * sum(block)
+
+
+def test_freezing_counts_what_readme_counts(drawn):
+    table = regex.findall(
+        r"^\| `([\w+]+)`.*\| ([\d,]+)(?: added)? \|", (ROOT / "README.md").read_text(), regex.MULTILINE
+    )
+    words = words_of(drawn["freezing"])
+    assert len(table) == 7 and all(words[words.index(method) + 1] == count for method, count in table)
+
+
+def test_a_window_and_its_targets_are_those_of_the_dataset(drawn):
+    rects = [element for element in drawn["windows"].iter() if element.tag in (f"{SVG}rect", f"{SVG}text")]
+    cells = {kind: [] for kind in ("gray", "blue", "orange")}
+    for rect, text in zip(rects, rects[1:], strict=False):
+        if rect.tag == f"{SVG}rect":
+            cells[rect.get("class")].append(text.text)
+    text, inputs, targets = cells["gray"][:10], cells["blue"][:16], cells["orange"][:15]
+    assert inputs == [text[i + 2 * row] for row in range(4) for i in range(4)] and cells["gray"][10:] == ["−1"]
+    assert [*targets, "−1"] == [[*text, "−1"][i + 2 * row + 1] for row in range(4) for i in range(4)]
+
+
+def test_the_curve_goes_through_the_losses_of_the_log(drawn, module_folder):
+    rows = gpt.load_run(module_folder / "run")[0]["rows"]
+    path = next(p.get("d") for p in drawn["curve"].iter(f"{SVG}path") if "blue" in p.get("class"))
+    heights = [float(y) for y in regex.findall(r"[\d.]+ ([\d.]+)", path)]
+    slopes = [
+        (heights[0] - y) / (rows[0]["val_loss"] - row["val_loss"]) for y, row in zip(heights[1:], rows[1:], strict=True)
+    ]
+    assert max(slopes) - min(slopes) < 0.01 * abs(slopes[-1]) and slopes[0] < 0
+
+
+def test_a_run_without_a_curve_is_refused_and_nothing_is_drawn(drawn, module_folder, own_folder, capsys):
+    shutil.copytree(module_folder / "run", "stopped")
+    log = Path("stopped/log.csv")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    run_main(pictures.main, "--model", "stopped", "--out", ".", expect=2)
+    assert "stopped" in capsys.readouterr().err and not list(own_folder.glob("*.svg"))
+
+
+def test_the_notes_show_only_pictures_of_this_script():
     shown = set()
     for note in (ROOT / "notes").glob("*.md"):
-        shown |= set(regex.findall(r"!\[[^\]]*\]\((\w+\.png)\)", note.read_text(encoding="utf-8")))
-    assert shown <= NAMES | {"loss_shakespeare.png", "loss_tiny.png"}
+        shown |= set(regex.findall(r"!\[[^\]]*\]\(([^)]+)\)", note.read_text(encoding="utf-8")))
+    assert shown <= {f"{name}.svg" for name in NAMES} | {"explore.png"}
