@@ -13,9 +13,9 @@ import torch
 
 import gpt
 from extras import int8
-from extras.checkpoints import training_text
+from extras.checkpoints import require_checkpoint, training_text
 from extras.tables import show
-from gpt import TokenDataset, find_checkpoint, load_checkpoint, log, require
+from gpt import TokenDataset, load_checkpoint, log, require
 
 
 class StridedDataset(TokenDataset):
@@ -38,23 +38,21 @@ def tokens_of(names, tokenizer, split, val_bytes):
 
 
 def choose_text(name, args):
-    """--data, or the text of the model's training -> names, split, val_bytes."""
+    """--data, or the text of the model's training -> names, split, val_bytes, and whether the model has learned it."""
     own, val_bytes = training_text(name)
     names = args.data or own
     require(names, f"{name} has no training text: choose a text with --data")
     split = args.split or ("all" if args.data else "val")
     asked = {Path(text).resolve() for text in names}
     learned = {Path(text).resolve() for text in own}
-    if split == "all" and asked & learned:
-        log(f"{name} was trained on this text: use new text, or --split val for the part that was held out")
-    return names, split, args.val_bytes or (val_bytes if asked == learned else 2**20)
+    val_bytes = args.val_bytes or (val_bytes if asked == learned else 2**20)
+    return names, split, val_bytes, split == "all" and bool(asked & learned)
 
 
-def score(name, args):
+def score(name, names, split, val_bytes, args):
     """A checkpoint on a text -> a row of figures."""
     device = gpt.resolve_device(args.device)
     model, tokenizer = load_checkpoint(name)
-    names, split, val_bytes = choose_text(name, args)
     limit = model.config.block_size
     context = limit if args.context is None else args.context
     require(1 <= context <= limit, f"--context {context} does not fit {name}: 1 to {limit}")
@@ -92,9 +90,11 @@ def main(argv=None):
     for name in ("val_bytes", "batch_size"):
         value = getattr(args, name)
         require(value is None or 1 <= value <= 2**31, f"--{name} is {value}, expected 1 to 2**31")
-    for name in args.model:
-        find_checkpoint(name)  # before the work
-    show((score(name, args) for name in args.model), args.json)
+    chosen = {require_checkpoint(name): choose_text(name, args) for name in args.model}  # before the work
+    known = [name for name, text in chosen.items() if text[-1]]
+    if known:
+        log(f"{', '.join(known)}: trained on this text; use new text, or --split val for the part that was held out")
+    show((score(name, *text[:-1], args) for name, text in chosen.items()), args.json)
     log("loss: nats per token, of all tokens but the first; only bits per byte compare different vocabularies")
 
 

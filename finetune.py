@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 import gpt
+from extras import lora
 from extras.checkpoints import require_checkpoint
 from extras.tables import show
 from gpt import InputError, TokenDataset, command, flag, load_checkpoint, log, require
@@ -71,7 +73,7 @@ class FinetuneConfig(gpt.TrainConfig):
 
 
 METHOD_OF = {"blocks": "last"} | dict.fromkeys(("rank", "alpha", "lora_dropout", "targets", "save_adapter"), "lora")
-FIXED = {"model", "method", "optimizer", "block_size", "dropout", *METHOD_OF}  # --resume can't change these
+FIXED = {"method", "optimizer", "block_size", "dropout", *METHOD_OF}  # --resume can't change these
 
 
 # ---- Examples: each is trained on separately ----
@@ -137,31 +139,20 @@ def documents(paths, tokenizer, block_size, val_bytes):
 
 def load_data(names, tokenizer, block_size, config):
     """Names of texts, or of .jsonl files -> training and validation data."""
-    if any(name.endswith((".jsonl", ".ndjson")) for name in names):
+    if any(name.lower().endswith((".jsonl", ".ndjson")) for name in names):
         return documents(names, tokenizer, block_size, config.val_bytes)
     _, train_ids, val_ids = gpt.load_data(names, tokenizer, val_bytes=config.val_bytes)
     stride = config.stride or max(1, block_size // 4)
     return TokenDataset(train_ids, block_size, stride), TokenDataset(val_ids, block_size)
 
 
-# ---- The base, and which of its parameters are trained ----
-def open_base(name):
-    """The name of a checkpoint -> GPT, Tokenizer; the error for a missing GPT-2 says where to get one."""
-    missing = not Path(name).exists() and not Path("checkpoints", name).exists()
-    if missing and name.startswith("gpt2") and name in gpt.PRESETS:
-        instead = ", or use --model scratch" if Path("checkpoints/scratch", gpt.VOCABULARY).exists() else ""
-        raise InputError(f"there is no checkpoint {name}: run python convert_gpt2.py {name} first{instead}")
-    return load_checkpoint(require_checkpoint(name))
-
-
+# ---- Which parameters are trained ----
 def choose(model, config):
     """Freeze the parameters that the method doesn't train; for lora, add its matrices. Raises InputError."""
     for module in model.modules():
         if isinstance(module, gpt.Dropout):
             module.p = config.dropout
     if config.method == "lora":
-        from extras import lora
-
         lora.adapt(model, config.targets, config.rank, config.alpha, config.lora_dropout)
     n_layer = model.config.n_layer
     fits = config.method != "last" or config.blocks <= n_layer
@@ -210,7 +201,14 @@ def describe(model, data, config, dtype):
 
 
 # ---- The run ----
-def report(rows, config, old, before, tokenizer, dtype):
+def first_prompt(data, tokenizer):
+    """The prompt of the first example; of a text, its first tokens."""
+    x, y = data.batch([0])
+    n = (y[0] != -1).int().argmax().item() + 1
+    return tokenizer.decode(x[0, :n].tolist()) or tokenizer.decode(x[0, :8].tolist()).strip().strip("\ufffd")
+
+
+def report(rows, config, old, before, tokenizer, dtype, prompt):
     """Print bits per byte on the new text, and on the old one, before and after."""
     best = min(rows, key=lambda row: row["val_loss"])
     first, last = rows[0]["val_bits_per_byte"], best["val_bits_per_byte"]
@@ -220,8 +218,9 @@ def report(rows, config, old, before, tokenizer, dtype):
         after = gpt.evaluate(model, old, tokenizer, config.batch_size, dtype)["bits_per_byte"]
         scores.append({"bits per byte": " ".join(config.also_eval), "before": before, "after": after})
     show(scores)
-    print(f"best at step {best['step']:,}; saved in {config.out}")
-    log(f"try: python sample.py --model {config.model} {config.out}")
+    adapter = f", the adapter in {config.save_adapter}" if config.save_adapter else ""
+    print(f"best at step {best['step']:,}; saved in {config.out}{adapter}")
+    log("try: " + shlex.join(["python", "sample.py", "--model", config.model, config.out, "--prompt", prompt]))
 
 
 @command
@@ -244,14 +243,12 @@ def main(argv=None):
     config = gpt.from_flags(FinetuneConfig, flags)
     for name in METHOD_OF.keys() & given.keys():
         require(config.method == METHOD_OF[name], f"--{name} goes with --method {METHOD_OF[name]}")
-    model, tokenizer = open_base(config.model)
+    model, tokenizer = load_checkpoint(require_checkpoint(config.model))
     base = gpt.find_checkpoint(config.model)
     require(Path(config.out).resolve() != base.resolve(), f"{base} is the base itself: choose another --out")
     gpt.refuse_existing(config.out, overwrite or resume)
     export_weights = None
     if config.method == "lora":
-        from extras import lora
-
         export_weights = lora.exporter(config.save_adapter, base, overwrite or resume)
     if gpt.WORLD_SIZE > 1:
         gpt.dist.init_process_group()
@@ -273,7 +270,7 @@ def main(argv=None):
     fingerprints = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     rows = gpt.train(model, tokenizer, train_data, val_data, config, run, export_weights, **fingerprints)
     if gpt.RANK == 0:
-        report(rows, config, old, before, tokenizer, dtype)
+        report(rows, config, old, before, tokenizer, dtype, first_prompt(val_data, tokenizer))
 
 
 if __name__ == "__main__":

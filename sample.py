@@ -18,7 +18,6 @@ import itertools
 import os
 import shutil
 import sys
-import textwrap
 
 
 def add_arguments(parser):
@@ -31,7 +30,6 @@ def add_arguments(parser):
     add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default: 0.8)")
     add("--top_k", type=int, help="sample from the k most probable tokens only")
     add("--top_p", type=float, help="sample from the fewest tokens whose probabilities add up to p (nucleus sampling)")
-    add("--greedy", dest="temperature", action="store_const", const=0, help="the most probable token: temperature 0")
     add("--num_samples", type=int, default=1, help="continuations per model, generated as one batch (default: 1)")
     add("--seed", type=int, default=1337, help="the same seed gives the same text (default: 1337)")
     add("--stop", nargs="+", default=[], help="end before any of these strings")
@@ -113,25 +111,11 @@ class Speaker:
         return until(self.args.stop, decode_stream(self.tokenizer, ids))
 
 
-def columns(names, texts, width):
-    """Texts side by side under their names, or one below the other if the columns would be narrow."""
-    column = (width - 3 * (len(names) - 1)) // len(names)
-    if column < 24:
-        return "\n\n".join(f"=== {name} ===\n{text}" for name, text in zip(names, texts, strict=True))
-    cells = []
-    for name, text in zip(names, texts, strict=True):
-        cells.append([name[:column], "-" * column])
-        for line in text.splitlines():
-            cells[-1] += textwrap.wrap(line, column, drop_whitespace=False) or [""]
-    rows = itertools.zip_longest(*cells, fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
-
-
-def show(speakers, prompt, args):
-    """Continue the prompt with every model, and print the results."""
+def show(speakers, prompt, args, before=""):
+    """Continue the prompt with every model, and print the results, each after `before`."""
     if len(speakers) == args.num_samples == 1 and not args.json:
         pieces = speakers[0].text(step.item() for step in speakers[0].tokens(prompt))
-        for piece in itertools.chain([prompt], pieces, ["\n"]):
+        for piece in itertools.chain([before], pieces, ["\n"]):
             print(piece, end="", flush=True)
         return
     results = {}
@@ -145,26 +129,30 @@ def show(speakers, prompt, args):
             continue
         if args.num_samples > 1:
             print(f"--- sample {i + 1} of {args.num_samples}")
-        texts = [prompt + texts[i] for texts in results.values()]
+        texts = [before + texts[i] for texts in results.values()]
         width = shutil.get_terminal_size((120, 24)).columns
-        print(columns(list(results), texts, width) if len(texts) > 1 else texts[0])
+        print(tables.side_by_side(list(results), texts, width) if len(texts) > 1 else texts[0])
 
 
 def converse(speakers, args):
     """Ask for prompts in the terminal until Ctrl-D."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() its line editing
-    print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
-    with contextlib.suppress(EOFError):
-        while True:
+    gpt.log(f"loaded {', '.join(str(gpt.find_checkpoint(speaker.name)) for speaker in speakers)}")
+    gpt.log("Type the beginning of a text: it will be continued, not answered. Ctrl-C ends a text, Ctrl-D ends all.")
+    while True:
+        try:
             show(speakers, input("> "), args)
-    print(file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print(file=sys.stderr)
 
 
 def read_prompt(args):
     """The text of --prompt, --prompt_file or stdin; None if that is a terminal. Raises InputError if not UTF-8."""
     if args.prompt_file is not None:
-        return gpt.read_text(args.prompt_file)
+        return gpt.read_text(args.prompt_file).removesuffix("\n")  # which editors and echo add
     if args.prompt is None and sys.stdin.isatty():
         return None
     try:
@@ -172,12 +160,16 @@ def read_prompt(args):
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeError as error:
         raise InputError(f"the prompt is not UTF-8 text: {error}") from error
-    return text.rstrip("\n") if args.prompt is None else text  # without the line feed of echo
+    return text.removesuffix("\n") if args.prompt is None else text
 
 
 @gpt.command
 def main(argv=None):
-    args = add_arguments(gpt.Parser(prog="sample.py", description=__doc__.splitlines()[0])).parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    i = words.index("--prompt") if "--prompt" in words[:-1] else None
+    if i is not None and not words[i + 1].startswith("--"):  # argparse would take the prompt -hello for a flag
+        words[i : i + 2] = [f"--prompt={words[i + 1]}"]
+    args = add_arguments(gpt.Parser(prog="sample.py", description=__doc__.splitlines()[0])).parse_args(words)
     gpt.check_sampling(args.temperature, args.top_k, args.top_p)
     require(1 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 1 to 2**31")
     require(1 <= args.num_samples <= 4096, f"--num_samples is {args.num_samples}, expected 1 to 4096")
@@ -187,9 +179,13 @@ def main(argv=None):
     require(args.adapter is None or len(args.model) == 1, "--adapter belongs to one model: use one --model")
     require(args.adapter is None or args.dtype != "int8", "--adapter goes with float32 or bfloat16, not with int8")
     require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file exclude each other")
+    if any("\\n" in text for text in (args.prompt or "", *args.stop)):
+        gpt.log(r"\n is a backslash and an n here; for a line feed write $'one\ntwo' in bash, or use --prompt_file")
+    if args.num_samples > 1 and args.temperature == 0:
+        gpt.log("at temperature 0 all samples are the same: use --num_samples 1, or a higher --temperature")
     prompt = read_prompt(args)
     speakers = [Speaker(name, args) for name in args.model]
-    return converse(speakers, args) if prompt is None else show(speakers, prompt, args)
+    return converse(speakers, args) if prompt is None else show(speakers, prompt, args, before=prompt)
 
 
 if __name__ == "__main__":

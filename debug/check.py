@@ -74,7 +74,8 @@ def targets(subject):
     x, y = subject.batch(8, 64)
     T = x.shape[1]
     found = [shift for shift in range(4) if torch.equal(x[:, shift:], y[:, : T - shift])]
-    return f"targets are the inputs shifted by {found}, healthy is [1]", found == [1]
+    shifts = " and ".join(map(str, found)) or "no number from 0 to 3"
+    return f"the targets are the inputs shifted by {shifts}, expected 1", found == [1]
 
 
 RUN = 32  # tokens
@@ -115,7 +116,9 @@ def gradients(subject):
     model(*subject.batch(2, 256))[1].backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     model.zero_grad()
-    return f"none in {', '.join(without[:3])}" if without else "in every tensor", not without
+    total = len(list(model.parameters()))
+    missing = f": none for {', '.join(without[:3])}" if without else ""
+    return f"{total - len(without)} of {total} parameter tensors have a gradient{missing}", not without
 
 
 def overfit(subject, steps=100):
@@ -183,7 +186,9 @@ def load_subject(name, data, device):
     if name:
         model, tokenizer = load_checkpoint(name, device)
         names, val_bytes = training_text(name)
-    tokenizer, train, val = gpt.load_data(data or names or ["pydoc"], tokenizer, vocab_size, val_bytes)
+    names = data or names or ["pydoc"]
+    log(f"checking {name or 'a new model'} on {' '.join(names)}")
+    tokenizer, train, val = gpt.load_data(names, tokenizer, vocab_size, val_bytes)
     if not name:
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size)).to(device).eval()
@@ -199,6 +204,7 @@ def main(argv=None):
     add("--model", help="a folder, or a name under checkpoints/ (default: a new model)")
     add("--data", nargs="+", help="texts, as for gpt.py (default: those of the model's training, or pydoc)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--verbose", action="store_true", help="what each failure would mean, even where there is none")
     add("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     device = gpt.resolve_device(args.device)
@@ -208,7 +214,7 @@ def main(argv=None):
     rows = list(run_checks(subject))
     show(rows, args.json, {"check": "check", "ok": "ok", "measured": "measured"})
     failed = [row for row in rows if not row["ok"]]
-    for row in failed:
+    for row in rows if args.verbose else failed:
         log(f"{row['check']}: a failure usually means {row['failure']}")
     log(f"{len(failed)} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed")
     sys.exit(1 if failed else 0)

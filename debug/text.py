@@ -82,23 +82,55 @@ def verdict(row, vocab_size):
     return [name for name, wrong in found.items() if wrong] or ["no problem found"]
 
 
-def copied(text, source, least=50):
-    """The longest run of characters that is in source, too, and the share of the text in such runs of `least` or more.
+class Runs:
+    """Hashes of all runs of a text, of any length: polynomials modulo 2**64 (Karp and Rabin 1987)."""
+
+    def __init__(self, text):
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        base = 0x9E3779B97F4A7C15
+        powers = np.cumprod(np.full(len(codes), base, np.uint64))
+        self.sums = np.append(np.uint64(0), np.cumsum(codes * powers))
+        self.scale = np.cumprod(np.full(len(codes), pow(base, -1, 2**64), np.uint64))
+
+    def of(self, length):
+        """A hash for each run of this length; the same run has the same hash in every text."""
+        sums = self.sums[length:] - self.sums[: max(0, len(self.sums) - length)]
+        return sums * self.scale[: len(sums)]
+
+
+def find_runs(texts, source, length):
+    """For each text, where its runs of this length begin that source (Runs) has, too; not those of one character."""
+    wanted = [Runs(text).of(length) for text in texts]
+    table = np.zeros(2**20, bool)  # few hashes of the source pass this, and only they are looked up
+    table[np.concatenate(wanted) >> 44] = True
+    hashes = source.of(length)
+    hashes = hashes[table[hashes >> 44]]
+    found = []
+    for text, own in zip(texts, wanted, strict=True):
+        starts = np.flatnonzero(np.isin(own, hashes)).tolist()
+        found.append([start for start in starts if len(set(text[start : start + length])) > 1])
+    return found
+
+
+def copied(texts, source, least=50):
+    """The longest run of characters that is in source (Runs), too, and each text's share of runs of `least` or more.
 
     Runs of one repeated character don't count.
     """
-    longest, covered, start, counted = "", 0, 0, 0
-    for end in range(1, len(text) + 1):
-        while text[start:end] not in source:
-            start += 1
-        run = text[start:end]
-        if len(set(run)) < 2:
-            continue
-        longest = max(longest, run, key=len)
-        if len(run) >= least:
-            covered += end - max(start, counted)
-            counted = end
-    return longest, covered / max(1, len(text))
+    longest, low, high = "", 1, max(map(len, texts))
+    while low < high:  # binary search: no run is longer than high, and one of low was found, unless low is 1
+        length = (low + high + 1) // 2
+        found = zip(texts, find_runs(texts, source, length), strict=True)
+        runs = [text[starts[0] : starts[0] + length] for text, starts in found if starts]
+        if runs:
+            longest, low = runs[0], length
+        else:
+            high = length - 1
+    shares = []
+    for text, starts in zip(texts, find_runs(texts, source, least), strict=True):
+        covered = {i for start in starts for i in range(start, start + least)}
+        shares.append(len(covered) / max(1, len(text)))
+    return longest, shares
 
 
 def generate(model, tokenizer, prompt, max_new_tokens, temperature, seed):
@@ -120,10 +152,10 @@ def generate(model, tokenizer, prompt, max_new_tokens, temperature, seed):
     return samples
 
 
-def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, source=""):
+def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, source=None):
     """Continue a prompt at each temperature (0 is greedy) -> rows: medians, what most samples show, the first text.
 
-    source is the training text, in which copied runs are looked for.
+    source, the Runs of the training text, is what copied runs are looked for in.
     """
     for temperature in temperatures:
         measured, texts = [], []
@@ -135,12 +167,26 @@ def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, sourc
         row |= {key: float(np.median([figures[key] for figures in measured])) for key in measured[0]}
         repeated = [figures["repeated"] for figures in measured]
         row["repeated_range"] = [min(repeated), max(repeated)]
-        shared = [copied(text, source) for text in texts]
-        row["copied_run"] = max((run for run, _ in shared), key=len)
-        row["copied"] = float(np.mean([share for _, share in shared]))
+        if source:
+            row["copied_run"], shares = copied(texts, source)
+            row["copied"] = float(np.mean(shares))
         verdicts = Counter(name for figures in measured for name in verdict(figures, model.config.vocab_size))
         shown = [name for name, count in verdicts.items() if count > len(texts) / 2 and name in ADVICE]
         yield row | {"verdict": shown or ["no problem found"], "text": texts[0]}
+
+
+def load_source(name, limit=2**24):
+    """The Runs of the text that a model was trained on, or None, with a remark that says why."""
+    names, _ = training_text(name)
+    if not names:
+        return log("copies can't be found: the checkpoint names no training text")
+    try:
+        text = "\0".join(gpt.load_texts(names))
+    except gpt.InputError as error:
+        return log(f"copies can't be found without the training text: {error}")
+    if len(text) > limit:
+        log(f"copies are looked for in the first {limit:,} characters of the training text")
+    return Runs(text[:limit])
 
 
 @gpt.command
@@ -157,12 +203,7 @@ def main(argv=None):
     require(1 <= args.max_new_tokens <= 2**31, f"--max_new_tokens is {args.max_new_tokens}, expected 1 to 2**31")
     require(0 <= args.seed <= 2**32, f"--seed is {args.seed}, expected 0 to 2**32")
     model, tokenizer = load_checkpoint(args.model, gpt.resolve_device(args.device))
-    source = ""
-    names, _ = training_text(args.model)
-    try:
-        source = "\0".join(gpt.load_texts(names)) if names else ""
-    except gpt.InputError as error:
-        log(f"without the training text, copies can't be found: {error}")
+    source = load_source(args.model)
     rows = diagnose(model, tokenizer, args.prompt, args.max_new_tokens, TEMPERATURES, args.seed, source)
     if args.json:
         return show(rows, True)
@@ -170,12 +211,15 @@ def main(argv=None):
     for row in rows:
         low, high = row["repeated_range"]
         row["repeated in 4-grams"] = f"{row['repeated']:.0%} ({low:.0%} to {high:.0%})"
-        row["copied run"] = len(row["copied_run"])
-    keys = ("temperature", "samples", "tokens", "repeated in 4-grams", "loop", "entropy_start", "entropy_end")
-    show(rows, columns={key: key for key in (*keys, "copied run", "copied", "verdict")})
+        row["copied run"] = len(row.get("copied_run", ""))
+    keys = ["temperature", "samples", "tokens", "repeated in 4-grams", "loop", "entropy_start", "entropy_end"]
+    keys += ["copied run", "copied"] if "copied" in rows[0] else []
+    show(rows, columns={key: key for key in (*keys, "verdict")})
     for row in rows:
         print(f"{row['temperature']:g}: {row['text'][:160]!r}")
-    print(f"the longest run that is in the training text, too: {max((row['copied_run'] for row in rows), key=len)!r}")
+    if "copied" in rows[0]:
+        longest = max((row["copied_run"] for row in rows), key=len)
+        print(f"the longest run that is in the training text, too: {longest!r}")
     found = {name for row in rows for name in row["verdict"]}
     for name in sorted(found & ADVICE.keys()):
         log(f"{name}: {ADVICE[name]}")

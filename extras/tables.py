@@ -1,6 +1,8 @@
 """Rows of results -> a table to read, or a JSON object a line for other programs."""
 
+import itertools
 import json
+import textwrap
 
 
 def cell(value):
@@ -20,7 +22,7 @@ def show(rows, as_json=False, columns=None):
     """Print dicts: as JSON objects, whole, or as aligned columns {key: title}, by default all keys of the first."""
     if as_json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(json.dumps(row), flush=True)  # ASCII, and so safe in any encoding
         return
     rows = list(rows)
     columns = columns or {key: key for key in rows[0]}
@@ -30,3 +32,17 @@ def show(rows, as_json=False, columns=None):
     for line in lines:
         texts = zip(line, widths, numeric, strict=True)
         print("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in texts).rstrip())
+
+
+def side_by_side(names, texts, width):
+    """Texts side by side under their names, or one below the other if the columns would be narrow."""
+    column = (width - 3 * (len(names) - 1)) // len(names)
+    if column < 24:
+        return "\n\n".join(f"=== {name} ===\n{text}" for name, text in zip(names, texts, strict=True))
+    cells = []
+    for name, text in zip(names, texts, strict=True):
+        cells.append([name[:column], "-" * column])
+        for line in text.splitlines():
+            cells[-1] += textwrap.wrap(line, column, drop_whitespace=False) or [""]
+    rows = itertools.zip_longest(*cells, fillvalue="")
+    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)

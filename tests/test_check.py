@@ -23,7 +23,12 @@ def test_a_sound_checkpoint_passes_every_check(mine, capsys):
     run("--model", "mine", "--data", "words.txt", expect=0)
     out, err = capsys.readouterr()
     assert out.count("True  ") == len(check.CHECKS) and f"all {len(check.CHECKS)} checks passed" in err
-    assert torch.__version__ in err
+    assert torch.__version__ in err and "checking mine on words.txt" in err
+    assert len(out.splitlines()) == 1 + len(check.CHECKS), "a line each"
+    assert not any(failure in err for _, failure in check.CHECKS.values())
+    run("--model", "mine", "--data", "words.txt", "--verbose", expect=0)
+    err = capsys.readouterr().err
+    assert all(failure in err for _, failure in check.CHECKS.values())
 
 
 def test_it_needs_no_model(words, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 import functools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,10 @@ def test_without_data_the_figures_are_those_of_the_training_log(words, capsys):
     assert row["bits_per_byte"] == pytest.approx(logged["val_bits_per_byte"], rel=1e-5)
     run("--model", "mine", "--data", "./words.txt", "--split", "val", "--json", "--dtype", "float32")
     assert rows_of(capsys)[0]["tokens"] == row["tokens"], "the part that training held out"
-    run("--model", "mine", "--split", "all")
-    assert "mine was trained on this text" in capsys.readouterr().err
+    shutil.copytree("checkpoints/mine", "checkpoints/copy")
+    run("--model", "mine", "copy", "--split", "all")
+    err = capsys.readouterr().err
+    assert "mine, copy: trained on this text" in err and err.count("\n") == 2, "a warning and a footer, once"
 
 
 def test_bits_per_byte_compare_models_of_different_vocabularies(mine, words, capsys):
@@ -80,6 +83,7 @@ BAD = {
     "no text": (["--model", "mine"], "mine has no training text"),
     "too little text": (["--model", "mine", "--data", "one.txt"], "one.txt is shorter than two tokens"),
     "large stride": ([*TEXT, "--context", "8", "--stride", "9"], "--stride 9 would skip tokens"),
+    "no GPT-2": (["--model", "gpt2", *TEXT[2:]], "run python convert_gpt2.py gpt2 first"),
     "one of them missing": (["--model", "mine", "nobody", *TEXT[2:], "--json"], "there is no checkpoint nobody"),
 }
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, ROOT, enlarge, interrupt, parameters_of
+from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of
 
 import finetune
 import gpt
@@ -118,7 +119,7 @@ def test_sampling_with_the_adapter_is_sampling_from_the_merged_checkpoint(base, 
     capsys.readouterr()
     texts = []
     for model in ("scratch --adapter adapter", "tuned", "scratch"):
-        sample.main(f"--model {model} --prompt the --greedy --max_new_tokens 30 --dtype float32".split())
+        sample.main(f"--model {model} --prompt the --temperature 0 --max_new_tokens 30 --dtype float32".split())
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     lora.load_adapter(gpt.load_checkpoint("tuned")[0], "adapter", "tuned")
@@ -190,14 +191,41 @@ def test_a_run_goes_on_with_another_schedule_but_not_with_another_method_text_or
     assert gpt.load_run("tuned")[0]["step"] == 12
     assert "tuned is a run of finetune.py" in refused(capsys, "--resume --out tuned", main=gpt.main)
     before = Path("tuned/model.safetensors").read_bytes()
-    for flag in ("--model tuned", "--method full", "--rank 4", "--targets attn.c_proj", "--block_size 8"):
+    for flag in ("--method full", "--rank 4", "--targets attn.c_proj", "--block_size 8"):
         assert f"--resume can't change {flag[2:].split()[0]}" in refused(capsys, f"--resume --out tuned {flag}")
+    gpt.save_checkpoint("another", enlarge(base, seed=5), BYTES)
+    assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --model another")
     Path("other.txt").write_text(OTHER[1:])
     assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --max_steps 16")
     Path("other.txt").write_text(OTHER)
-    gpt.save_checkpoint("checkpoints/scratch", enlarge(base, seed=5), BYTES, overwrite=True)
+    gpt.save_checkpoint("checkpoints/scratch", base, BYTES, overwrite=True)
     assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --max_steps 16")
     assert Path("tuned/model.safetensors").read_bytes() == before
+
+
+def test_a_run_goes_on_when_told_where_its_base_and_its_text_have_moved(base, capsys):
+    tune("--method lora")
+    Path("checkpoints/scratch").rename("moved")
+    Path("other.txt").rename("new.txt")
+    assert "there is no checkpoint scratch" in refused(capsys, "--resume --out tuned --max_steps 12")
+    assert "there is no text file other.txt" in refused(capsys, "--resume --out tuned --max_steps 12 --model moved")
+    finetune.main(["--resume", "--out", "tuned", "--max_steps", "12", "--model", "moved", "--data", "new.txt"])
+    run = gpt.load_run("tuned")[0]
+    assert run["step"] == 12 and run["config"]["model"] == "moved" and run["config"]["data"] == ["new.txt"]
+    gpt.main([*TINY, "--data", "prose.txt", "--out", "new", "--max_steps", "4"])
+    Path("prose.txt").rename("moved.txt")
+    gpt.main(["--resume", "--out", "new", "--data", "moved.txt", "--max_steps", "8"])
+    assert gpt.load_run("new")[0]["step"] == 8
+
+
+def test_the_suggested_command_runs_as_printed(base, capsys):
+    write_lines("d.jsonl", *({"prompt": f"{i}'s next\n", "completion": str(i + 1)} for i in range(20)))
+    for data, prompt in (("d.jsonl", "18's next\n"), ("other.txt", OTHER[-len(OTHER) // 10 :].strip()[:7])):
+        finetune.main([*SHORT.split(), "--data", data, "--out", f"my {data}"])
+        python, name, *flags = shlex.split(capsys.readouterr().err.rpartition("try: ")[2])
+        assert (python, name, flags[-1]) == ("python", "sample.py", prompt)
+        sample.main([*flags, "--max_new_tokens", "3"])
+        assert prompt.strip() in capsys.readouterr().out
 
 
 def test_neither_a_checkpoint_nor_an_adapter_is_overwritten_unasked(base, capsys):
@@ -256,6 +284,13 @@ def test_the_last_tenth_validates():
     assert [len(data) for data in documents(*examples, val_bytes=2)] == [48, 2]
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "D.JSONL", "d.ndjson"])
+def test_lines_of_json_are_known_by_any_of_their_names(name):
+    write_lines(name, {"prompt": "a", "completion": "xy"}, {"text": "z"})
+    train, _ = finetune.load_data([name], BYTES, 16, FinetuneConfig(data=[name]))
+    assert train.examples == [([97, 120, 121, 256], 1)]
+
+
 def test_prompts_and_completions_are_learned_from(base):
     write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
     tune("--data d.jsonl --also_eval d.jsonl --method full --max_steps 40 --eval_interval 20 --lr 0.01")
@@ -276,7 +311,7 @@ BAD = {
     "the tied head": ("--method lora --targets lm_head", "the head is tied"),
     "rank without lora": ("--rank 4", "--rank goes with --method lora"),
     "onto the base": ("--out ./checkpoints/../checkpoints/scratch --overwrite", "is the base itself"),
-    "no GPT-2": ("--model gpt2", "run python convert_gpt2.py gpt2 first, or use --model scratch"),
+    "no GPT-2": ("--model gpt2", "run python convert_gpt2.py gpt2 first"),
     "an adapter": ("--model adapter", "python sample.py --model ITS_BASE --adapter adapter"),
     "Hugging Face's files": ("--model hf", "python convert_gpt2.py hf"),
 }

@@ -1,6 +1,8 @@
 """README and notes/reference.md are true: their commands run, and their counts are those of the code."""
 
+import contextlib
 import importlib
+import json
 import shlex
 from pathlib import Path
 
@@ -42,14 +44,21 @@ def main_of(name):
     return importlib.import_module("bench.__main__" if name == "bench" else name.removesuffix(".py")).main
 
 
+def write_sums():
+    """Run the line of the README that makes sums.jsonl -> its examples."""
+    code = regex.search(r"^python -c '(.*)' > sums\.jsonl$", README, regex.MULTILINE)[1]
+    with open("sums.jsonl", "w") as file, contextlib.redirect_stdout(file):
+        exec(code, {})
+    return [json.loads(line) for line in Path("sums.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture
 def a_newcomers_folder(own_folder, monkeypatch):
     """The files that README speaks of, small ones."""
     for name in ("my.txt", "held_out.txt", "my_folder/a.txt", "corpus/a.txt", ".cache/shakespeare.txt"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(PROSE)
-    line = '{"prompt": "Question: what?\\nAnswer:", "completion": " Paris."}\n'
-    Path("questions.jsonl").write_text(line * 20)
+    write_sums()
     published("hf")
     monkeypatch.setattr(gpt, "pydoc", lambda: iter([PROSE]))
     return own_folder
@@ -119,6 +128,28 @@ def test_the_table_of_methods_is_true(method):
 def test_the_table_of_mistakes_names_them_all():
     row = r"^\| ([^|`]+) \| \de[+-]\d\d \| [+-]\de[+-]\d\d \| \d+ of 50 \| [^|]+ \|$"
     assert regex.findall(row, REFERENCE, regex.MULTILINE) == list(mistakes.MISTAKES)
+
+
+def test_the_sums_of_the_readme_are_a_hundred_right_ones():
+    sums = [example["prompt"] + example["completion"] for example in write_sums()]
+    assert set(sums) == {f"{a}+{b}={a + b}" for a in range(10) for b in range(10)} and len(sums) == 100
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_teaches_a_small_model_to_add(own_folder, capsys):
+    """Here with a base that was trained for a quarter of the time."""
+    examples = write_sums()
+    gpt.main(["--max_steps", "200", "--eval_interval", "200", "--device", "cpu"])
+    command = next(command for command in COMMANDS if "sums.jsonl" in command)
+    finetune.main([*parse(command)[1], "--device", "cpu"])
+    model, tokenizer = gpt.load_checkpoint("sums")
+    right = []
+    for example in examples:
+        ids = tokenizer.encode(example["prompt"])
+        answer = model.generate(torch.tensor([ids]), 4, temperature=0, eot=tokenizer.eot)[0, len(ids) :].tolist()
+        right.append(tokenizer.decode(answer) == example["completion"])
+    assert sum(right[:90]) >= 85, "the sums that it has seen"
+    assert sum(right[90:]) >= 5, "and those that it has not, where chance is one in ten"
 
 
 @pytest.mark.slow

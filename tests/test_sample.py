@@ -102,7 +102,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_known():
 
 def test_generation_ends_at_the_end_of_text(checkpoints, capsys):
     rewrite("silent", 100)
-    assert speak(capsys, "--model", "silent", "--prompt", "hello", "--greedy").out == "hello\n"
+    assert speak(capsys, "--model", "silent", "--prompt", "hello", "--temperature", "0").out == "hello\n"
 
 
 def test_rows_of_a_padded_vocabulary_say_nothing(own_folder, capsys):
@@ -111,28 +111,80 @@ def test_rows_of_a_padded_vocabulary_say_nothing(own_folder, capsys):
     assert len(texts(capsys, "--model", "padded", "--prompt", "a", "--max_new_tokens", "40")[0]) < 30
 
 
-def test_prompts_come_from_a_file_and_from_stdin(checkpoints, capsys, monkeypatch):
-    expected = speak(capsys, "--model", "first", "--prompt", "one\ntwo")
-    text = "\ufeffone\r\ntwo"
+@pytest.mark.parametrize(("ending", "kept"), [("", ""), ("\n", ""), ("\r\n", ""), ("\n\n", "\n")])
+def test_a_prompt_is_the_same_from_a_flag_a_file_and_stdin(checkpoints, capsys, monkeypatch, ending, kept):
+    """Without byte-order mark and one final line feed, and with \\r\\n as \\n."""
+    expected = speak(capsys, "--model", "first", "--prompt", "one\ntwo" + kept)
+    text = "\ufeffone\r\ntwo" + kept.replace("\n", "\r\n")
     assert speak(capsys, "--model", "first", "--prompt", text) == expected
-    (checkpoints / "p.txt").write_bytes(text.encode())
+    content = f"\ufeffone\r\ntwo{ending}".encode()
+    (checkpoints / "p.txt").write_bytes(content)
     assert speak(capsys, "--model", "first", "--prompt_file", "p.txt") == expected
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode() + b"\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert speak(capsys, "--model", "first") == expected
 
 
-def test_a_dialogue_in_a_terminal_continues_each_prompt(checkpoints, capsys, monkeypatch):
-    typed = ["two", "one"]
+def dialogue(capsys, monkeypatch, *typed):
+    """What sample.py prints for these prompts, typed in a terminal; an exception is pressed."""
+    typed = [*typed, EOFError()]
 
     def type_line(_):
-        if not typed:
-            raise EOFError
-        return typed.pop()
+        line = typed.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
 
     monkeypatch.setattr("builtins.input", type_line)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    out, err = speak(capsys, "--model", "first", "--max_new_tokens", "5")
-    assert out.startswith("one") and "\ntwo" in out and "Ctrl-D" in err
+    found = speak(capsys, "--model", "first", "--max_new_tokens", "5")
+    assert not typed
+    return found
+
+
+def test_a_dialogue_names_the_model_and_shows_the_continuation_alone(checkpoints, capsys, monkeypatch):
+    one = texts(capsys, "--model", "first", "--max_new_tokens", "5", "--prompt", "one")[0]
+    out, err = dialogue(capsys, monkeypatch, "one", "two")
+    assert out.startswith(one + "\n") and "one" not in out and "two" not in out
+    assert "checkpoints/first" in err and "continue" in err and "Ctrl-D" in err
+
+
+def test_ctrl_c_ends_a_text_and_not_the_dialogue(checkpoints, capsys, monkeypatch):
+    calls = []
+    tokens = sample.Speaker.tokens
+
+    def interrupted(speaker, prompt):
+        calls.append(prompt)
+        for i, step in enumerate(tokens(speaker, prompt)):
+            if prompt == "one" and i == 2:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(sample.Speaker, "tokens", interrupted)
+    dialogue(capsys, monkeypatch, "one", KeyboardInterrupt(), "two")
+    assert calls == ["one", "two"]
+
+
+def test_a_prompt_may_begin_with_a_dash(checkpoints, capsys):
+    out = speak(capsys, "--prompt", "-hello", "--model", "first", "--max_new_tokens", "3").out
+    assert out == speak(capsys, "--model", "first", "--prompt=-hello", "--max_new_tokens", "3").out
+    assert out.startswith("-hello")
+
+
+REMARKS = {
+    "a prompt with a backslash and an n": (["--prompt", "a\\nb"], r"\n is a backslash and an n"),
+    "a stop string with them": (["--prompt", "a", "--stop", "\\n"], r"\n is a backslash and an n"),
+    "samples that are all the same": (["--prompt", "a", "--num_samples", "2", "--temperature", "0"], "are the same"),
+}
+
+
+@pytest.mark.parametrize("case", REMARKS)
+def test_what_is_probably_not_meant_gets_a_remark(checkpoints, capsys, case):
+    flags, remark = REMARKS[case]
+    out, err = speak(capsys, "--model", "first", "--max_new_tokens", "3", *flags)
+    assert remark in err and err.count("\n") == 1 and out
+    assert (
+        speak(capsys, "--model", "first", "--max_new_tokens", "3", "--prompt", "a\nb", "--num_samples", "2").err == ""
+    )
 
 
 def test_characters_are_decoded_when_their_bytes_are_complete():
@@ -144,9 +196,9 @@ def test_characters_are_decoded_when_their_bytes_are_complete():
 
 
 def test_a_long_prompt_keeps_its_last_tokens_and_says_so(checkpoints, capsys):
-    long, err = speak(capsys, "--model", "first", "--prompt", PROSE, "--greedy")
+    long, err = speak(capsys, "--model", "first", "--prompt", PROSE, "--temperature", "0")
     assert "7,920 tokens, only the last 24" in err
-    short = texts(capsys, "--model", "first", "--prompt", PROSE[-24:], "--greedy")[0]
+    short = texts(capsys, "--model", "first", "--prompt", PROSE[-24:], "--temperature", "0")[0]
     assert long == PROSE + short + "\n"
 
 
@@ -155,6 +207,7 @@ def test_a_long_prompt_keeps_its_last_tokens_and_says_so(checkpoints, capsys):
     [
         (["--model", "nobody"], "there is no checkpoint nobody; checkpoints/ has first, second"),
         (["--model", "other"], "python convert_gpt2.py other"),
+        (["--model", "gpt2"], "run python convert_gpt2.py gpt2 first"),
         (["--model", "adapter"], "--model ITS_BASE --adapter adapter"),
         (["--prompt", "a\ud800"], "is not UTF-8 text"),
         ([], "is not UTF-8 text"),

@@ -1,3 +1,5 @@
+import json
+
 from conftest import rows_of
 
 from extras.tables import show
@@ -15,3 +17,11 @@ def test_a_table_is_aligned_and_every_number_is_readable(capsys):
 def test_json_is_one_object_a_line(capsys):
     show(iter(ROWS), True, {"name": "name"})
     assert rows_of(capsys) == ROWS
+
+
+def test_json_is_a_line_in_any_encoding(capsys):
+    """Even the characters at which Python's splitlines cuts."""
+    row = {"text": "né 你好 🙂\u2028\x85\n\ud800"}
+    show([row], True)
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == row and len(out.splitlines()) == 1

@@ -1,4 +1,5 @@
 import functools
+import random
 
 import pytest
 import torch
@@ -91,17 +92,46 @@ def test_a_failure_is_one_that_most_samples_show(mine, monkeypatch):
     assert len({call["repeated"] for call in calls} | {call["entropy_end"] for call in calls}) > 2, "samples differ"
 
 
-@pytest.mark.parametrize(
-    ("sample", "run", "share"),
-    [
-        ("nothing here", "not", 0),
-        ("so to be or not to be, that", " to be or not to be, ", 21 / 27),
-        ("          ", "", 0),
-        ("", "", 0),
-        ("not to be, or not to be, ", " or not to be, ", 15 / 25),
-    ],
-)
+SOURCE = "          to be or not to be, is the question: né? 🙂🙂"
+COPIES = [  # sample, its longest run that is in SOURCE, the share in runs of 14 or more
+    ("nothing here", "not", 0),
+    ("so to be or not to be, that", " to be or not to be, ", 21 / 27),
+    ("          ", "", 0),
+    ("", "", 0),
+    ("not to be, or not to be, ", " or not to be, ", 15 / 25),
+    ("on: né? 🙂🙂🙂", "on: né? 🙂🙂", 0),
+    (SOURCE, SOURCE, 1),
+]
+
+
+@pytest.mark.parametrize(("sample", "run", "share"), COPIES)
 def test_copied_runs_are_found(sample, run, share):
-    source = "          to be or not to be, is the question"
-    longest, found = text.copied(sample, source, least=14)
-    assert longest == run and found == pytest.approx(share, abs=1e-6)
+    longest, found = text.copied([sample], text.Runs(SOURCE), least=14)
+    assert longest == run and found == [pytest.approx(share, abs=1e-6)]
+
+
+def test_the_longest_run_is_that_of_all_samples_and_shares_are_their_own():
+    longest, shares = text.copied([sample for sample, _, _ in COPIES], text.Runs(SOURCE), least=14)
+    assert longest == SOURCE and shares == pytest.approx([share for _, _, share in COPIES])
+
+
+def test_in_a_long_text_copies_are_found_as_by_looking_at_every_run():
+    letters = random.Random(0)
+    source = "".join(letters.choices("ab \n", k=20_000))
+    samples = [source[i : i + 11] + source[7 * i : 7 * i + 40] + "".join(letters.choices("ab", k=9)) for i in (5, 900)]
+    runs = [sample[i:j] for sample in samples for j in range(61) for i in range(j)]
+    longest, shares = text.copied(samples, text.Runs(source), least=20)
+    assert len(longest) == max(len(run) for run in runs if run in source) >= 40 and longest in source
+    for sample, share in zip(samples, shares, strict=True):
+        starts = [i for i in range(41) if sample[i : i + 20] in source]
+        assert share == len({i for start in starts for i in range(start, start + 20)}) / 60
+
+
+def test_without_its_training_text_a_table_says_so_and_shows_no_copies(mine, words, capsys):
+    run("--model", "mine", "--max_new_tokens", 5)
+    out, err = capsys.readouterr()
+    assert "copied" not in out and "the longest run" not in out and err.count("copies can't be found") == 1
+    gpt.save_checkpoint("copying", mine, gpt.Tokenizer.bytes(), training={"data": ["words.txt"]})
+    run("--model", "copying", "--max_new_tokens", 5)
+    out, err = capsys.readouterr()
+    assert "copied run" in out and "the longest run" in out and "copies can't be found" not in err
