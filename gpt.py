@@ -214,11 +214,12 @@ def train_bpe(texts, vocab_size):
 class Tokenizer:
     """A vocabulary on tiktoken's encoder. No text encodes to `eot`, the id of the end-of-text token."""
 
-    def __init__(self, ranks, kind, eot=None):
+    def __init__(self, ranks, kind, eot=None, special_tokens=None):
         self.ranks = ranks  # {bytes of a token: its id}
         self.kind = kind
         self.vocab_size = len(ranks) + 1
         self.eot = len(ranks) if eot is None else eot
+        self.special_tokens = special_tokens or {EOT: self.eot}  # {name: id}, the end of text first
         self.encoding = tiktoken.Encoding(kind, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: self.eot})
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32  # of stored ids
         self.token_bytes = sorted(ranks, key=ranks.get)  # id -> bytes
@@ -258,14 +259,14 @@ class Tokenizer:
         return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
 
     @classmethod
-    def loads(cls, text, kind, eot=None):
+    def loads(cls, text, kind, eot=None, special_tokens=None):
         """The inverse of dumps. Raises ValueError unless the ids are 0, 1, 2, ..., with eot among them."""
         pairs = [line.split() for line in text.splitlines()]
         ranks = {base64.b64decode(token): int(i) for token, i in pairs}
         ids = {*ranks.values(), len(ranks) if eot is None else eot}
         whole = len(pairs) >= 256 and ids == set(range(len(pairs) + 1))
         require(whole, "the ids of the tokenizer are not 0, 1, 2, ..., each once")
-        return cls(ranks, kind, eot)
+        return cls(ranks, kind, eot, special_tokens)
 
 
 # ---- Files -> texts -> one long array of ids ----
@@ -306,10 +307,18 @@ def decode_text(content, name):
     return text
 
 
+def refuse_pointer(path):
+    """Raise InputError for the few lines that git leaves in the place of a file if git-lfs is missing."""
+    with open(path, "rb") as file:
+        pointer = file.read(23) == b"version https://git-lfs"
+    require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {Path(path).parent}")
+
+
 def read_text(path):
     """A UTF-8 file -> its text, as decode_text reads it."""
     require(Path(path).is_file(), f"there is no text file {path}: give a file, a folder, pydoc or shakespeare")
     try:
+        refuse_pointer(path)
         return decode_text(Path(path).read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path} could not be read: {error}") from error
@@ -805,7 +814,7 @@ def save_checkpoint(folder, model, tokenizer, weights=None, overwrite=False, kee
 
 def describe_checkpoint(folder, model, tokenizer, metadata):
     """Write tokenizer.tiktoken and config.json."""
-    vocabulary = {"tokenizer": tokenizer.kind, "eot": tokenizer.eot, "special_tokens": {EOT: tokenizer.eot}}
+    vocabulary = {"tokenizer": tokenizer.kind, "eot": tokenizer.eot, "special_tokens": tokenizer.special_tokens}
     config = {"model": dataclasses.asdict(model.config), **vocabulary, **metadata}
     for name, text in ((VOCABULARY, tokenizer.dumps()), (CONFIG, json.dumps(config, indent=2) + "\n")):
         with replacing(folder / name) as part:
@@ -826,11 +835,13 @@ def load_checkpoint(name, device="cpu"):
     folder = find_checkpoint(name)
     try:
         config = json.loads(read_text(folder / CONFIG))
-        tokenizer = Tokenizer.loads(read_text(folder / VOCABULARY), config["tokenizer"], config.get("eot"))
+        kind, eot, special_tokens = config["tokenizer"], config.get("eot"), config.get("special_tokens")
+        tokenizer = Tokenizer.loads(read_text(folder / VOCABULARY), kind, eot, special_tokens)
         with torch.device("meta"):  # shapes without memory
             model = GPT(GPTConfig(**config["model"]))
         require(tokenizer.vocab_size <= model.config.vocab_size, "the tokenizer is larger than the model's vocabulary")
         require((folder / MODEL).is_file(), f"{MODEL} is missing, or not a file")
+        refuse_pointer(folder / MODEL)
         with safe_open(folder / MODEL, "pt") as file:
             weights = {key: nn.Parameter(file.get_tensor(key).float()) for key in file.keys()}  # noqa: SIM118
         for key, weight in weights.items():
@@ -994,7 +1005,7 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
         describe_checkpoint(folder, model, tokenizer, best)
         for part in folder.glob(".*.part"):
             shutil.rmtree(part)
-    run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind, tokenizer.eot]
+    run["tokenizer"] = [tokenizer.dumps(), tokenizer.kind, tokenizer.eot, tokenizer.special_tokens]
     run["config"] = dataclasses.asdict(model.config) | dataclasses.asdict(config)
     runner = torch.compile(model) if config.compile else model
     if WORLD_SIZE > 1:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 import gpt
-from gpt import InputError, log, require
+from gpt import InputError, log, refuse_pointer, require
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -138,10 +138,8 @@ def check_plain(config):
 
 def read_file(path):
     """The bytes of a file. Raises InputError for what git leaves in its place without git-lfs."""
-    content = Path(path).read_bytes()
-    pointer = content.startswith(b"version https://git-lfs")
-    require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {Path(path).parent}")
-    return content
+    refuse_pointer(path)
+    return path.read_bytes()
 
 
 def read_adapter(folder):

@@ -10,7 +10,7 @@ import re
 
 import regex
 
-from gpt import EOT, PRESETS, SPLIT, GPTConfig, InputError, Tokenizer, log, read_text, require
+from gpt import EOT, PRESETS, SPLIT, GPTConfig, InputError, Tokenizer, log, read_text, refuse_pointer, require
 
 FILES = "config.json, vocab.json, merges.txt and model.safetensors"
 SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -26,16 +26,8 @@ def find(folder, *names):
     return there[0]
 
 
-def refuse_pointer(path):
-    """Raise InputError if a file is what git leaves in its place without git-lfs."""
-    with open(path, "rb") as file:
-        pointer = file.read(100).startswith(b"version https://git-lfs")
-    require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {path.parent}")
-
-
 def read_json(path):
     """A file with a JSON object -> dict. Raises InputError."""
-    refuse_pointer(path)
     try:
         found = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
