@@ -79,7 +79,10 @@ def read_corpus(files, cut, size):
 
 
 def prepare(names, out, tokenizer="bpe", vocab_size=1024, val_bytes=2**20, overwrite=False, size=10**6):
-    """Write the folder `out`, whole or not at all -> number of tokens {"train": ..., "val": ...}."""
+    """Write the folder `out`, whole or not at all -> number of tokens {"train": ..., "val": ...}.
+
+    `tokenizer` is bpe, bytes, gpt2 or a Tokenizer, as in gpt.load_data.
+    """
     out = Path(out)
     ours = out.is_dir() and {path.name for path in out.iterdir()} <= FILES
     message = f"{out} already exists: add --overwrite (which replaces only what prepare wrote), or choose another --out"
@@ -98,7 +101,7 @@ def prepare(names, out, tokenizer="bpe", vocab_size=1024, val_bytes=2**20, overw
     if tokenizer == "bpe":  # merges are learned from at most 16 MB, spread evenly over the text, as in gpt.load_data
         train = (piece for split, piece in read_corpus(files, cut, size) if piece and split == "train")
         tokenizer = Tokenizer.bpe(islice(train, 0, None, 1 + n_characters // 2**24), vocab_size)
-    else:
+    elif isinstance(tokenizer, str):
         tokenizer = getattr(Tokenizer, tokenizer)()
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
