@@ -146,7 +146,7 @@ def prepare_text(program, setting, megabytes=100):
     folder = tempfile.TemporaryDirectory()
     file, out = Path(folder.name, "text.txt"), Path(folder.name, "out")
     file.write_text(text)
-    return lambda number: number and prepare([file], out, tokenizer, overwrite=True)
+    return lambda number: number and prepare([str(file)], out, tokenizer, overwrite=True)
 
 
 def tune(program, method):
