@@ -2,7 +2,7 @@
 
     python -m bench                            train a small model, and generate with GPT-2 (124M, random weights)
     python -m bench --picture bench.svg        the same, and the ratios as bars
-    python -m bench quality --nanogpt ~/nanoGPT    Shakespeare to nanoGPT's quality on a CPU, from start to end
+    python -m bench quality                    Shakespeare to nanoGPT's quality on a CPU, from start to end
     python -m bench train-large train-gpt2     training at larger shapes; train-dropout: with dropout
     python -m bench generate-8 first-token     eight streams at once; a prompt of 1,000 tokens
     python -m bench finetune                   adapting GPT-2
@@ -11,7 +11,7 @@
     python -m bench scaling                    how time and memory grow with context, width, depth and batch
     python -m bench gpu gpu-generate           GPT-2 on a GPU
     python -m bench profile                    where the time of a step goes
-    python -m bench train --nanogpt ~/nanoGPT  nanoGPT's own model in place of our copy of it
+    python -m bench train quality --nanogpt ~/nanoGPT    nanoGPT's own code, its recipe included
 
 Each workload runs in a process of its own, several times, in turn with the others. The lowest median of its steps
 counts, and the highest peak in memory, without what the process took once its libraries were loaded. Peers whose
@@ -135,7 +135,7 @@ def quality(program, setting, folder=None):
     return step
 
 
-def prepare_text(program, setting, megabytes=100):
+def prepare_text(program, setting, megabytes):
     """Text -> tokens, from a file to a file, next to tiktoken's batch encoding from memory to memory."""
     text = "\n\n".join(gpt.pydoc())
     tokenizer = gpt.Tokenizer.bpe([text], 1024)
@@ -144,9 +144,13 @@ def prepare_text(program, setting, megabytes=100):
         pieces = re.findall(gpt.PIECE, text)
         return lambda number: number and tokenizer.encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count())
     folder = tempfile.TemporaryDirectory()
-    file, out = Path(folder.name, "text.txt"), Path(folder.name, "out")
-    file.write_text(text)
-    return lambda number: number and prepare([str(file)], out, tokenizer, overwrite=True)
+    Path(folder.name, "text.txt").write_text(text)
+
+    def step(number):
+        if number > 0:
+            prepare([f"{folder.name}/text.txt"], f"{folder.name}/out", tokenizer, overwrite=True)
+
+    return step
 
 
 def tune(program, method):
@@ -191,10 +195,12 @@ class Part:
     counted: bool = False  # with figures by the closed forms
 
 
+SMALL = {"shape": SHAPES["small"]}
 TRAIN = ("nanoGPT, float32", "gpt.py, float32", "gpt.py, auto")
-COMPILED = ("gpt.py, auto", "gpt.py, auto compiled")
 MUON = ("torch.optim, bfloat16", "gpt.py, bfloat16", "gpt.py, float32")
 SWEEPS = tuple(f"{field}, {n}" for field, values in scaling.SWEEPS.items() for n in values)
+PREPARE = ("tiktoken, memory to memory", "prepare.py, file to file")
+QUALITIES = ("nanoGPT, its own recipe", "gpt.py, as good as that")
 GPU = ("gpt.py, bfloat16", "gpt.py, bfloat16 compiled")
 GPU_SHAPE = SHAPES["gpt2"] | {"block_size": 1024, "batch_size": 16}
 WORKERS = ("gpt.py, 1 thread", "gpt.py, 2 threads", "gpt.py, 2 processes")
@@ -203,15 +209,15 @@ GENERATE = ("transformers, float32", "sample.py, float32", "sample.py, bfloat16"
 LLAMA = ("llama.cpp, float32", "llama.cpp, float16", "llama.cpp, q8_0")
 MORE = ("transformers, bfloat16", "gpt.py, float32", *LLAMA, "CTranslate2, float32", "CTranslate2, int8")
 PARTS = {
-    "train": Part(train, "tokens/s", 12 * 64, 100, TRAIN, {"shape": SHAPES["small"]}),
+    "train": Part(train, "tokens/s", 12 * 64, 100, TRAIN, SMALL),
     "train-large": Part(train, "tokens/s", 16 * 256, 5, TRAIN, {"shape": SHAPES["large"]}),
     "train-gpt2": Part(train, "tokens/s", 2 * 128, 5, TRAIN, {"shape": SHAPES["gpt2"]}),
-    "train-dropout": Part(train, "tokens/s", 12 * 64, 100, TRAIN, {"shape": SHAPES["small"], "dropout": 0.1}),
-    "compile": Part(train, "tokens/s", 12 * 64, 100, COMPILED, {"shape": SHAPES["small"]}),
+    "train-dropout": Part(train, "tokens/s", 12 * 64, 100, TRAIN, SMALL | {"dropout": 0.1}),
+    "compile": Part(train, "tokens/s", 12 * 64, 100, ("gpt.py, auto", "gpt.py, auto compiled"), SMALL),
     "muon": Part(muon, "steps/s", 1, 20, MUON),
-    "quality": Part(quality, "runs/hour", 3600, 1, ("nanoGPT, its own recipe", "gpt.py, as good as that")),
+    "quality": Part(quality, "runs/hour", 3600, 1, QUALITIES),
     "scaling": Part(grow, "tokens/s", 1, 5, SWEEPS, counted=True),
-    "prepare": Part(prepare_text, "MB/s", 100, 1, ("tiktoken, batch encoding", "prepare.py, file to file")),
+    "prepare": Part(prepare_text, "MB/s", 100, 1, PREPARE, {"megabytes": 100}),
     "processes": Part(train_tiny, "tokens/s", 32 * 64, 20, WORKERS),
     "finetune": Part(tune, "steps/s", 1, 5, TUNE),
     "generate": Part(generate, "tokens/s", 200, 1, GENERATE + MORE),
@@ -228,26 +234,19 @@ LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "CTransla
 
 def installed(workload, nanogpt=None):
     program = workload.split(", ")[0]
-    if workload == "nanoGPT, its own recipe":
-        return nanogpt is not None
+    if workload == QUALITIES[0]:
+        return bool(nanogpt)
     return program not in LIBRARIES or importlib.util.find_spec(LIBRARIES[program]) is not None
-
-
-def memory_in_use(key):
-    """VmRSS, now, or VmHWM, at the peak: bytes of memory of this process, 0 if the system does not say."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{key}:\s*(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
 
 
 def work(part, workload, steps, **options):
     """Run one workload, and print the median time of a step and the peak in memory as JSON."""
     program, setting = workload.split(", ")
     there = installed(workload, options.get("folder"))
-    require(there, f"{program} is not here: pip install it, or give its folder after --nanogpt, or leave --only out")
+    require(there, f"{program} is not here: pip install it, or give --nanogpt its folder, or leave --only out")
     if program in LIBRARIES:
         importlib.import_module(LIBRARIES[program])
-    before = memory_in_use("VmRSS")
+    before = scaling.memory_in_use("VmRSS")
     times = []
     with redirect_stdout(sys.stderr):
         step = part.setup(program, setting, **part.options, **options)
@@ -260,7 +259,7 @@ def work(part, workload, steps, **options):
             times.append(time.perf_counter() - began)
     if gpt.RANK == 0:
         median = sorted(times)[steps // 2]
-        memory = torch.cuda.max_memory_allocated() or memory_in_use("VmHWM") - before
+        memory = torch.cuda.max_memory_allocated() or scaling.memory_in_use("VmHWM") - before
         print(json.dumps({"seconds": median, "memory": memory}))
 
 
@@ -293,9 +292,8 @@ def measure(name, part, args):
 def profiled(steps):
     """-> a row for each kind of operation, with its share of a step's time at each of the SHAPES."""
     found = {}
-    for shape in SHAPES:
-        step = train("gpt.py", "auto", SHAPES[shape])
-        found[shape] = scaling.shares(scaling.operations(step, steps))
+    for name, shape in SHAPES.items():
+        found[name] = scaling.shares(scaling.operations(train("gpt.py", "auto", shape), steps))
     return [{"kind": kind} | {shape: shares[kind] for shape, shares in found.items()} for kind in found["small"]]
 
 

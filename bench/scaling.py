@@ -5,6 +5,7 @@ C channels, L layers, H heads, T tokens in each of B windows, V tokens in the vo
 """
 
 import re
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -54,6 +55,13 @@ def memory(config, B, T, **options):
     return {"weights": 4 * N, "gradients": 4 * N, "averages": 8 * N, "activations": kept}
 
 
+def memory_in_use(key):
+    """VmRSS, now, or VmHWM, at the peak: bytes of memory of this process, 0 if the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{key}:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
 SWEEPS = {
     "block_size": (64, 128, 256, 512, 1024),
     "n_embd": (64, 128, 256, 512),
@@ -80,11 +88,11 @@ def closed_forms(workload, seconds, shape=None, device="cpu"):
         field, n = workload.split(", ")
         shape = point(field, int(n))
     config, B, T = gpt.from_flags(gpt.GPTConfig, shape), shape["batch_size"], shape["block_size"]
-    bfloat16 = gpt.resolve_dtype("auto", torch.device(device)) == torch.bfloat16
+    bfloat16 = device != "cpu" or gpt.resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
     fused = device != "cpu" or not bfloat16 or T >= 1024  # as gpt.attention chooses
     kept = sum(memory(config, B, T, bfloat16=bfloat16, fused=fused).values())
     speed = flops(config, B, T) / seconds
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    name = torch.cuda.get_device_name() if device != "cpu" else ""
     share = next((speed / peak for known, peak in PEAKS.items() if known in name), None)
     figures = {"per_second": B * T / seconds, "gflops": speed / 1e9}
     return figures | {"closed_form": round(kept / 1e6), "share_of_peak": share}
