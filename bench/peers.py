@@ -98,6 +98,12 @@ def train_nanogpt(config, data, batch_size, folder=None):
     return plain_loop(model, optimizer, lambda x, y: model(x, y)[1], data, batch_size)
 
 
+# nanoGPT's own for Shakespeare on a CPU, from its README
+RECIPE = """config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
+--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0
+--max_iters=2000 --lr_decay_iters=2000"""
+
+
 def transformers_model(config):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -113,7 +119,7 @@ def finetune_transformers(config, data, batch_size):
 
 
 def generate_transformers(config, dtype, idx, lengths):
-    model = transformers_model(config).eval().to(getattr(torch, dtype))
+    model = transformers_model(config).eval().to(idx.device, getattr(torch, dtype))
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
     return lambda number: model.generate(idx + number, max_new_tokens=lengths(number), **options)
 

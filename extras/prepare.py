@@ -11,6 +11,8 @@ measure and check it, to learn the vocabulary, and to tokenize it.
 import os
 import re
 import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,13 @@ def find_files(names):
     return files
 
 
+def is_text(text):
+    """Whether it has no NUL byte and no 100,000 spaces in a row, which fill a block of 50,000."""
+    blocks = (text[i : i + 50_000] for i in range(0, len(text), 50_000))
+    spaces = any(block.isspace() for block in blocks) and re.search(r"\s{100000}", text)  # alone, the search is slow
+    return "\0" not in text and not spaces
+
+
 def read_pieces(path, size=10**6):
     """Stream the text that gpt.read_text returns, in pieces of `size` characters that tokenize as the whole does."""
     pattern = re.compile(gpt.PIECE.replace("1000000", str(size)))
@@ -47,9 +56,7 @@ def read_pieces(path, size=10**6):
                 chunk = held + chunk
                 held = "\r" if chunk.endswith("\r") else ""  # a \n may follow
                 text = rest + chunk.removesuffix(held).replace("\r\n", "\n")
-                require(
-                    not re.search(r"\0|\s{100000}", text), f"{path} has NUL bytes, or 100,000 spaces: it isn't text"
-                )
+                require(is_text(text), f"{path} has NUL bytes, or 100,000 spaces in a row: it isn't text")
                 *pieces, rest = pattern.findall(text) or [""]  # the last piece may go on in the next chunk
                 yield from pieces
                 if len(rest) > 8 * size:  # no space in it: cut it anywhere
@@ -79,7 +86,10 @@ def read_corpus(files, cut, size):
 
 
 def prepare(names, out, tokenizer="bpe", vocab_size=1024, val_bytes=2**20, overwrite=False, size=10**6):
-    """Write the folder `out`, whole or not at all -> number of tokens {"train": ..., "val": ...}."""
+    """Write the folder `out`, whole or not at all -> number of tokens {"train": ..., "val": ...}.
+
+    `tokenizer` is bpe, bytes, gpt2 or a Tokenizer, as in gpt.load_data.
+    """
     out = Path(out)
     ours = out.is_dir() and {path.name for path in out.iterdir()} <= FILES
     message = f"{out} already exists: add --overwrite (which replaces only what prepare wrote), or choose another --out"
@@ -98,7 +108,7 @@ def prepare(names, out, tokenizer="bpe", vocab_size=1024, val_bytes=2**20, overw
     if tokenizer == "bpe":  # merges are learned from at most 16 MB, spread evenly over the text, as in gpt.load_data
         train = (piece for split, piece in read_corpus(files, cut, size) if piece and split == "train")
         tokenizer = Tokenizer.bpe(islice(train, 0, None, 1 + n_characters // 2**24), vocab_size)
-    else:
+    elif isinstance(tokenizer, str):
         tokenizer = getattr(Tokenizer, tokenizer)()
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
@@ -120,17 +130,28 @@ def write_tokens(folder, tokenizer, corpus, n_bytes):
     """Tokenize the pieces of read_corpus on all cores, into train.bin and val.bin -> number of tokens of each."""
     counts = {"train": 0, "val": 0}
     n_cores = os.cpu_count()
+    waiting = deque()  # what the pool encodes, in order
+
+    def encode(piece):
+        ids = [tokenizer.eot] if piece is None else tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
+        return np.asarray(ids).astype(tokenizer.dtype)
+
+    def write(split, piece, encoded):
+        ids = encoded.result()
+        ids.tofile(files[split])
+        counts[split] += len(ids)
+        bar.update(len((piece or "").encode()))
+
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None))
         files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in counts}
-        for batch in iter(lambda: list(islice(corpus, 2 * n_cores)), []):
-            texts = [piece or "" for _, piece in batch]
-            encoded = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=n_cores)
-            for (split, piece), ids in zip(batch, encoded, strict=True):
-                ids = [tokenizer.eot] if piece is None else ids
-                np.array(ids, tokenizer.dtype).tofile(files[split])
-                counts[split] += len(ids)
-                bar.update(len((piece or "").encode()))
+        pool = stack.enter_context(ThreadPoolExecutor(n_cores))
+        for split, piece in corpus:
+            waiting.append((split, piece, pool.submit(encode, piece)))
+            if len(waiting) > 2 * n_cores:
+                write(*waiting.popleft())
+        while waiting:
+            write(*waiting.popleft())
     return counts
 
 

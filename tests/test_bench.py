@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -20,11 +21,13 @@ SHAPES = [
     GPTConfig(block_size=24, vocab_size=77, n_layer=2, n_head=5, n_embd=40),
     GPTConfig(block_size=16, vocab_size=300, n_layer=3, n_head=1, n_embd=8),
 ]
-FAST = ["train: nanoGPT, float32", "finetune: finetune.py, lora", "generate-8: sample.py, int8"]
+FAST = ["train: nanoGPT, float32", "finetune: finetune.py, lora", "generate-8: sample.py, int8", "scaling: n_embd, 64"]
+FAST += ["muon: gpt.py, bfloat16", "prepare: prepare.py, file to file", "gpu: gpt.py, bfloat16"]
 WORKLOADS = [
     pytest.param(part, workload, marks=[] if f"{part}: {workload}" in FAST else [pytest.mark.slow])
     for part in bench.PARTS
     for workload in bench.PARTS[part].workloads
+    if part != "quality"  # below
 ]
 
 
@@ -68,7 +71,13 @@ def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monke
 def tiny(monkeypatch):
     shape = {"vocab_size": 1100, "block_size": 1024, "n_layer": 2, "n_head": 2, "n_embd": 32}
     monkeypatch.setitem(gpt.PRESETS, "gpt2", shape)
-    for shape in bench.SHAPES.values():
+    monkeypatch.setitem(bench.PARTS["prepare"].options, "megabytes", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the parts for a GPU run on the CPU
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for part in ("gpu", "gpu-generate"):
+        monkeypatch.setitem(bench.PARTS[part].options, "device", "cpu")
+    monkeypatch.setitem(bench.GPU_SHAPE, "block_size", 32)
+    for shape in (*bench.SHAPES.values(), bench.GPU_SHAPE):
         monkeypatch.setitem(shape, "n_embd", 24)
         monkeypatch.setitem(shape, "vocab_size", 60)
     threads = torch.get_num_threads()
@@ -79,6 +88,8 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(("part", "workload"), WORKLOADS)
 def test_each_workload_runs_and_is_measured(part, workload, tiny, capsys):
     pytest.importorskip(bench.LIBRARIES.get(workload.split(", ")[0], "torch"))
+    if "compiled" in workload and not shutil.which("g++"):
+        pytest.skip("needs a compiler")
     bench.main([part, "--only", workload, "--steps", "2"])
     (figures,) = rows_of(capsys)
     assert figures["seconds"] > 0 and figures["memory"] >= 0
@@ -89,6 +100,32 @@ def test_two_processes_share_a_step():
     options = "--standalone --nproc_per_node=2 -m bench processes --only 'gpt.py, 2 processes' --steps 2"
     done = script("torch.distributed.run", *shlex.split(options))
     assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
+
+
+@pytest.mark.slow
+def test_quality_is_reached_or_an_error_and_nanogpt_runs_in_its_folder(prose, own_folder, monkeypatch):
+    monkeypatch.setattr(bench, "QUICK", f"--data {own_folder}/prose.txt --max_steps 1 --n_layer 1 --n_embd 8")
+    monkeypatch.setattr(bench, "QUALITY", 9.0)
+    bench.quality("gpt.py", "")(1)
+    monkeypatch.setattr(bench, "QUALITY", 2.0)
+    with pytest.raises(gpt.InputError, match="comes to .* bits per byte, not 2.0"):
+        bench.quality("gpt.py", "")(1)
+    with pytest.raises(gpt.InputError, match="prepare.py"):
+        bench.quality("nanoGPT", "", own_folder)
+    (own_folder / "data/shakespeare_char").mkdir(parents=True)
+    (own_folder / "data/shakespeare_char/train.bin").touch()
+    (own_folder / "train.py").write_text("import sys; open('flags', 'w').write(' '.join(sys.argv))")
+    bench.quality("nanoGPT", "", own_folder)(1)
+    assert "--device=cpu" in (own_folder / "flags").read_text()
+
+
+def test_the_share_of_a_gpus_peak_is_that_of_its_data_sheet(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    found = scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")
+    assert found["per_second"] == 16 * 1024 / 0.5
+    assert found["share_of_peak"] == pytest.approx(32768 * 0.8544e9 / 989e12, rel=1e-3)  # 0.8544 GFLOP a token
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")["share_of_peak"] is None
 
 
 @pytest.mark.parametrize("program", ["gpt.py", "transformers"])
@@ -112,14 +149,14 @@ def test_the_copy_of_nanogpt_is_causal_and_learns_and_the_original_can_take_its_
 
 @pytest.mark.parametrize(("dtype", "dropout"), [("float32", 0.0), ("bfloat16", 0.1)])
 def test_the_profile_names_nearly_all_of_a_step(dtype, dropout, tiny):
-    step = bench.train("gpt.py", dtype, "small", dropout)
+    step = bench.train("gpt.py", dtype, bench.SHAPES["small"], dropout)
     shares = scaling.shares(scaling.operations(step, 2))
     used = {kind for kind, share in shares.items() if share > 0}
     assert set(scaling.KINDS) - used <= (set() if dropout else {"dropout"})
     assert sum(shares.values()) == pytest.approx(1) and shares["other"] < 0.1
 
 
-def test_workloads_take_turns_and_the_best_round_is_compared_to_the_peer(monkeypatch, capsys):
+def test_workloads_take_turns_and_the_best_round_is_compared_to_the_peer(monkeypatch, capsys, own_folder):
     commands = []
 
     def run(command, **_):  # the peer takes 4 seconds, each other a little more than 1
@@ -135,13 +172,30 @@ def test_workloads_take_turns_and_the_best_round_is_compared_to_the_peer(monkeyp
     assert rows[0]["per_second"] == 8 * 200 / 4 and rows[0]["ratio"] == 1
     assert rows[1]["ratio"] == pytest.approx(4 / 1.002) and rows[1]["megabytes"] == 2
     monkeypatch.setitem(bench.LIBRARIES, "transformers", "not_installed")
-    bench.main(["generate-8", "processes", "--rounds", "1"])
+    bench.main(["generate-8", "processes", "--rounds", "1", "--picture", str(own_folder / "bench.svg")])
+    drawn = (own_folder / "bench.svg").read_text()
+    assert all(f">{workload}<" in drawn for workload in (*bench.GENERATE[1:], *bench.WORKERS))
+    assert "transformers" not in drawn and "fill: #ffffff" not in drawn  # its ground is transparent
     assert [command[-3] for command in commands[8:]] == [*bench.GENERATE[1:], *bench.WORKERS]
     assert ["torch.distributed.run" in command for command in commands[-3:]] == [False, False, True]
     assert len(capsys.readouterr().out.splitlines()) == 4 + 4
+    bench.main(["scaling", "--rounds", "1", "--json"])
+    row = next(row for row in rows_of(capsys) if row["name"] == "block_size, 256")
+    config = GPTConfig(256, 1024, 4, 4, 128)
+    assert row["per_second"] == pytest.approx(4096 / row["seconds"])
+    assert row["gflops"] == pytest.approx(scaling.flops(config, 16, 256) / row["seconds"] / 1e9)
+    assert row["closed_form"] > 4 * 4 * scaling.parameters(config) / 1e6
 
 
-BAD = ["x", "--rounds 0", "profile --only x", "--nanogpt x", "generate --only 'llama.cpp, q8_0'"]
+BAD = [
+    "x",
+    "--rounds 0",
+    "gpu",
+    "--picture bench.txt",
+    "profile --only x",
+    "--nanogpt x",
+    "generate --only 'llama.cpp, q8_0'",
+]
 
 
 @pytest.mark.parametrize("argv", BAD)
