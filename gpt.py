@@ -991,7 +991,6 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
     folder = Path(config.out)
     device = next(model.parameters()).device
     dtype = resolve_dtype(config.dtype, device)
-    optimizers = make_optimizers(model, config)
     best = {"step": 0, "validation": {"loss": math.inf}}
     run = {"step": 0, "tokens": 0, "seconds": 0.0, "losses": [], "grad_norm": 0.0, "rows": []}
     run["fingerprints"] = fingerprints
@@ -999,8 +998,11 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
         run, tensors, best = resumed
         same = run["fingerprints"] == fingerprints
         require(same, f"the data or the base model changed since the run in {folder} began: start a new one")
-        restore(tensors, model, optimizers)
         log(f"resuming at step {run['step']:,} of {config.max_steps:,}")
+    bar = tqdm(desc="training", total=config.max_steps, initial=run["step"], unit=" steps", disable=RANK > 0 or None)
+    optimizers = make_optimizers(model, config)  # imports PyTorch's compiler, which takes a second
+    if resumed:
+        restore(tensors, model, optimizers)
     if resumed and RANK == 0:  # a crash may have come between two files, or in the middle of one
         describe_checkpoint(folder, model, tokenizer, best)
         for part in folder.glob(".*.part"):
@@ -1012,7 +1014,6 @@ def train(model, tokenizer, train_data, val_data, config, resumed=None, export_w
         runner = nn.parallel.DistributedDataParallel(runner)
     keep_freed_memory()
     started = time.perf_counter() - run["seconds"]
-    bar = tqdm(desc="training", total=config.max_steps, initial=run["step"], unit=" steps", disable=RANK > 0 or None)
     with noting_signals() as signals, bar:
         while True:
             step, rows = run["step"], run["rows"]
