@@ -17,9 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gpt
+from extras.int8 import has_vnni, native_bfloat16
 from gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -27,7 +29,8 @@ FLAGS = ["-O3", "-march=native", "-fopenmp"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]  # sums may be reordered
 FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MOST_ROWS = 8  # as in native.c
+MOST_ROWS, STORE, ADD, GELU = 8, 0, 1, 2  # as in native.c
+NEVER = 2**62
 
 
 # ---- The library: compiled once, then kept in the user's cache ----
@@ -60,7 +63,8 @@ def open_library(folder):
     library, number, pointer = ctypes.CDLL(str(path)), ctypes.c_long, ctypes.c_void_p
     library.gpt_linear.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_int]
     library.gpt_blocks.argtypes = [pointer, *[number] * 2, *[pointer] * 3, *[number] * 3, pointer, ctypes.c_int]
-    library.gpt_linear.restype = library.gpt_blocks.restype = None
+    library.gpt_quantize.argtypes = [pointer, *[number] * 2, *[pointer] * 2, ctypes.c_int]
+    library.gpt_finish.argtypes = [pointer, number, *[pointer] * 3, *[ctypes.c_int] * 2]
     return library
 
 
@@ -112,8 +116,7 @@ def layers_of(block):
 
 def structure(block, kept):
     """gpt.Block -> its structure."""
-    norms = [*block.ln_1.parameters(), *block.ln_2.parameters()]  # weight and bias of each
-    norms = [pointer(p, torch.float32, kept) for p in norms]
+    norms = [pointer(p, torch.float32, kept) for p in (*block.ln_1.parameters(), *block.ln_2.parameters())]
     layers = [linear(layer, kept) for layer in layers_of(block)]
     return Block(block.attn.n_head, len(block.ln_1.weight), *norms, *layers)
 
@@ -122,10 +125,24 @@ def multiply(layer, x):
     """A linear layer's product in C: x (B, n_in), at most MOST_ROWS rows -> (B, n_out), of x's type."""
     x32 = x.float().contiguous()
     y = x32.new_empty(len(x), layer.n_out)
-    work = x32.new_empty(MOST_ROWS + x.numel())
-    addresses = [tensor.data_ptr() for tensor in (x32, y, work)]
-    load().gpt_linear(ctypes.byref(layer), len(x), *addresses, torch.get_num_threads())
+    work, threads = x32.new_empty(16 + x.numel()), torch.get_num_threads()
+    load().gpt_linear(ctypes.byref(layer), len(x), x32.data_ptr(), y.data_ptr(), work.data_ptr(), threads)
     return y.to(x.dtype)
+
+
+def multiply_many(layer, weight, x, y=None, after=STORE):
+    """The same for many rows, but y += product after ADD: PyTorch adds up the products, C does the rest."""
+    x, threads = x.float().contiguous(), torch.get_num_threads()
+    steps = x.new_empty(len(x))  # for int8
+    if weight.dtype == torch.int8:
+        integers = torch.empty_like(x, dtype=torch.int8)
+        load().gpt_quantize(x.data_ptr(), *x.shape, integers.data_ptr(), steps.data_ptr(), threads)
+        sums = torch._int_mm(integers, weight.T)
+    else:
+        sums = F.linear(x, weight.float())  # unpacked once for all rows
+    y = sums.view(torch.float32) if y is None else y
+    load().gpt_finish(ctypes.byref(layer), len(x), sums.data_ptr(), steps.data_ptr(), y.data_ptr(), after, threads)
+    return y
 
 
 # ---- Generation ----
@@ -152,34 +169,54 @@ class Generation:
     """The weights of a GPT as they are now, and the two of its parts that GPT.stream calls."""
 
     def __init__(self, model):
-        self.model, self.config, self.transformer = model, model.config, model.transformer
-        self.kept = []
+        self.model, self.config, self.transformer, self.kept = model, model.config, model.transformer, []
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        emulated = gpt.resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
-        self.most_rows = MOST_ROWS if emulated or model.lm_head.weight.dtype != torch.bfloat16 else 2  # C is faster
+        fewest = {torch.int8: 1 if has_vnni() else NEVER, torch.bfloat16: NEVER if native_bfloat16() else 17}
+        self.fewest = fewest.get(model.lm_head.weight.dtype, NEVER)  # tokens of a prompt for which C helps
 
     def hidden(self, idx, caches):
-        """GPT.hidden: the prompt in PyTorch, the tokens after it, idx (B, 1), in C."""
-        B, past = len(idx), caches[0].length
-        if past == 0 or self.most_rows < B or caches[0].k.dtype not in TYPES:
+        """GPT.hidden for a prompt, or for the token after it in each stream, idx (B, 1)."""
+        (B, T), past = idx.shape, caches[0].length
+        prompt = past == 0 and self.fewest <= B * T and self.config.n_embd > 1  # _int_mm is wrong for one column
+        token = past > 0 and T == 1 and B <= MOST_ROWS and caches[0].k.dtype in TYPES
+        if not (prompt or token):
             return self.model.hidden(idx, caches)
-        embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + 1]  # (B, 1, C) + (1, C)
+        embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = embedded.float().contiguous()
-        work = x.new_empty(MOST_ROWS + 6 * x.numel())
+        if prompt:
+            self.read_prompt(x, caches, embedded.dtype)
+        else:
+            self.read_token(x, caches)
+        return self.transformer.ln_f(x.to(embedded.dtype))
+
+    def read_token(self, x, caches):
+        """All blocks change x (B, 1, C) in place, in C."""
+        past, longest, dtype = caches[0].length, caches[0].max_length, TYPES[caches[0].k.dtype]
+        work = x.new_empty(16 + 7 * x.numel())
         pointers = ctypes.c_void_p * len(caches)
         keys = pointers(*[cache.k.data_ptr() for cache in caches])
         values = pointers(*[cache.v.data_ptr() for cache in caches])
-        cached = (keys, values, TYPES[caches[0].k.dtype], past, caches[0].max_length)
-        rest = (work.data_ptr(), torch.get_num_threads())
-        load().gpt_blocks(self.blocks, len(caches), B, x.data_ptr(), *cached, *rest)
+        rest = (keys, values, dtype, past, longest, work.data_ptr(), torch.get_num_threads())
+        load().gpt_blocks(self.blocks, len(caches), len(x), x.data_ptr(), *rest)
         for cache in caches:
             cache.length += 1
-        return self.transformer.ln_f(x.to(embedded.dtype))
+
+    def read_prompt(self, x, caches, dtype):
+        """All blocks change x (B, T, C) in place, with products of many rows; the cache is of a dtype."""
+        (B, T, C), rows = x.shape, x.flatten(0, 1)
+        for block, c, cache in zip(self.transformer.h, self.blocks, caches, strict=True):
+            qkv = multiply_many(c.c_attn, block.attn.c_attn.weight, block.ln_1(rows.to(dtype)))
+            q, k, v = qkv.view(B, T, 3, c.n_head, C // c.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+            cache.append(k.to(dtype), v.to(dtype))
+            y = gpt.attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+            multiply_many(c.attn_proj, block.attn.c_proj.weight, y, rows, ADD)
+            y = multiply_many(c.c_fc, block.mlp.c_fc.weight, block.ln_2(rows.to(dtype)), after=GELU)
+            multiply_many(c.mlp_proj, block.mlp.c_proj.weight, y, rows, ADD)
 
     def lm_head(self, x):
-        return multiply(self.head, x) if len(x) <= self.most_rows else self.model.lm_head(x)
+        return multiply(self.head, x) if len(x) <= MOST_ROWS else self.model.lm_head(x)
 
 
 class NativeGPT:

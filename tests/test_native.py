@@ -71,7 +71,8 @@ def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, 
     found, own = ((step_by_step(each, idx, 10) - exact).square().mean().sqrt() for each in (generation, model))
     assert found < {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.04}[dtype] * exact.std()
     assert dtype == "int8" or found <= {"float32": 2, "bfloat16": 1.2}[dtype] * own
-    assert calls == ["gpt_blocks", "gpt_linear"] * (14 if generation.most_rows >= B else 0)
+    calls = [name for name in calls if name in ("gpt_blocks", "gpt_linear")]  # the others are of the prompt
+    assert calls == ["gpt_blocks", "gpt_linear"] * 14
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
@@ -80,7 +81,6 @@ def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, 
 def test_a_product_is_that_of_the_stored_numbers(dtype, width, out, rows):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(width, out), torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
-    tokens = x.double()
     if dtype == "int8":
         layer = int8.Int8Linear(*int8.to_int8(layer.weight.detach()), layer.bias)
         stored = layer.weight.double() * layer.scales[:, None].double()
@@ -88,7 +88,7 @@ def test_a_product_is_that_of_the_stored_numbers(dtype, width, out, rows):
         tokens = integers.double() * steps[:, None].double()
     else:
         layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
-        stored = layer.weight.detach().double()
+        stored, tokens = layer.weight.detach().double(), x.to(layer.weight.dtype).double()
     kept = []
     found = native.multiply(native.linear(layer, kept), x)
     off = (found - (tokens @ stored.T + layer.bias.detach().double())).abs() / (tokens.abs() @ stored.abs().T + 1)
