@@ -21,7 +21,7 @@ def to_int8(weight):
 
 
 def has_vnni():
-    """Whether sums of int8 products are right: without these instructions they overflow sixteen bits without an error."""
+    """Whether sums of int8 products are right: without VNNI they overflow sixteen bits, and no error is raised."""
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
 
 

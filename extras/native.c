@@ -178,7 +178,7 @@ static void put(float value, void *to, long type, long i)
 /* All threads run the functions below together: each `omp for` shares out its iterations, and ends when all are done. */
 
 /* x (rows, n_in), rounded to numbers of the weights' type, -> y (rows, n_out); work is room for 16 + rows * n_in
- * floats. */
+ * floats, of which a cache line is for the steps. */
 static void linear(const Linear *p, long rows, const float *x, float *y, int after, float *work)
 {
     long size = p->type == FLOAT32 ? 4 : p->type == BFLOAT16 ? 2 : 1;
@@ -272,21 +272,21 @@ static void block(const Block *p, long B, float *x, void *keys, void *values, lo
 
 /* All blocks, one after the other, each with its own keys and values; work is room for 16 + B * 7 C floats. */
 void gpt_blocks(const Block *blocks, long n_layer, long B, float *x, void **keys, void **values, long cache_type,
-                long past, long max_length, float *work, int threads)
+                long past, long max_length, float *work, long threads)
 {
     #pragma omp parallel num_threads(threads)
     for (long i = 0; i < n_layer; i++)
         block(blocks + i, B, x, keys[i], values[i], cache_type, past, max_length, work);
 }
 
-void gpt_linear(const Linear *p, long rows, const float *x, float *y, float *work, int threads)
+void gpt_linear(const Linear *p, long rows, const float *x, float *y, float *work, long threads)
 {
     #pragma omp parallel num_threads(threads)
     linear(p, rows, x, y, STORE, work);
 }
 
 /* Prompts, whose products PyTorch computes: x (rows, n) -> int8, and the step of each row. */
-void gpt_quantize(const float *x, long rows, long n, uint8_t *integers, float *steps, int threads)
+void gpt_quantize(const float *x, long rows, long n, uint8_t *integers, float *steps, long threads)
 {
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < rows; r++) {
@@ -297,7 +297,7 @@ void gpt_quantize(const float *x, long rows, long n, uint8_t *integers, float *s
 }
 
 /* The sums of products (rows, n_out), int32 if the weights are int8, -> y, which may be the same memory. */
-void gpt_finish(const Linear *p, long rows, const void *sums, const float *steps, float *y, int after, int threads)
+void gpt_finish(const Linear *p, long rows, const void *sums, const float *steps, float *y, long after, long threads)
 {
     #pragma omp parallel num_threads(threads)
     {

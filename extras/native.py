@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import gpt
@@ -60,12 +59,7 @@ def open_library(folder):
         with tempfile.TemporaryDirectory(dir=folder) as part:
             run_compiler("-shared", "-fPIC", SOURCE, "-o", Path(part, path.name), "-lm")
             Path(part, path.name).replace(path)
-    library, number, pointer = ctypes.CDLL(str(path)), ctypes.c_long, ctypes.c_void_p
-    library.gpt_linear.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_int]
-    library.gpt_blocks.argtypes = [pointer, *[number] * 2, *[pointer] * 3, *[number] * 3, pointer, ctypes.c_int]
-    library.gpt_quantize.argtypes = [pointer, *[number] * 2, *[pointer] * 2, ctypes.c_int]
-    library.gpt_finish.argtypes = [pointer, number, *[pointer] * 3, *[ctypes.c_int] * 2]
-    return library
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
@@ -78,6 +72,13 @@ def load():
     with suppress(*unavailable), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return open_library(Path(folder))  # stays in memory when its file is gone
     return None
+
+
+def call(function, *arguments):
+    """Call a function of native.c with addresses of tensors, whole numbers as long, and the number of threads."""
+    converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in (*converted, torch.get_num_threads())]
+    getattr(load(), function)(*converted)
 
 
 # ---- The structures of native.c ----
@@ -103,11 +104,9 @@ def pointer(tensor, dtype, kept):
 def linear(layer, kept):
     """nn.Linear or Int8Linear -> its structure."""
     n_out, n_in = layer.weight.shape
-    weight = pointer(layer.weight, layer.weight.dtype, kept)
-    bias = pointer(layer.bias, torch.float32, kept)
-    scales = pointer(getattr(layer, "scales", None), torch.float32, kept)
-    sums = pointer(getattr(layer, "sums", None), torch.int32, kept)
-    return Linear(TYPES[layer.weight.dtype], n_in, n_out, weight, bias, scales, sums)
+    dtypes = {"weight": layer.weight.dtype, "bias": torch.float32, "scales": torch.float32, "sums": torch.int32}
+    addresses = [pointer(getattr(layer, name, None), dtype, kept) for name, dtype in dtypes.items()]
+    return Linear(TYPES[layer.weight.dtype], n_in, n_out, *addresses)
 
 
 def layers_of(block):
@@ -125,23 +124,21 @@ def multiply(layer, x):
     """A linear layer's product in C: x (B, n_in), at most MOST_ROWS rows -> (B, n_out), of x's type."""
     x32 = x.float().contiguous()
     y = x32.new_empty(len(x), layer.n_out)
-    work, threads = x32.new_empty(16 + x.numel()), torch.get_num_threads()
-    load().gpt_linear(ctypes.byref(layer), len(x), x32.data_ptr(), y.data_ptr(), work.data_ptr(), threads)
+    call("gpt_linear", ctypes.byref(layer), len(x), x32, y, x32.new_empty(16 + x.numel()))
     return y.to(x.dtype)
 
 
 def multiply_many(layer, weight, x, y=None, after=STORE):
     """The same for many rows, but y += product after ADD: PyTorch adds up the products, C does the rest."""
-    x, threads = x.float().contiguous(), torch.get_num_threads()
-    steps = x.new_empty(len(x))  # for int8
+    x = x.float().contiguous()
+    integers, steps = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
     if weight.dtype == torch.int8:
-        integers = torch.empty_like(x, dtype=torch.int8)
-        load().gpt_quantize(x.data_ptr(), *x.shape, integers.data_ptr(), steps.data_ptr(), threads)
+        call("gpt_quantize", x, *x.shape, integers, steps)
         sums = torch._int_mm(integers, weight.T)
     else:
-        sums = F.linear(x, weight.float())  # unpacked once for all rows
+        sums = x @ weight.float().T  # bfloat16 is widened once for all rows
     y = sums.view(torch.float32) if y is None else y
-    load().gpt_finish(ctypes.byref(layer), len(x), sums.data_ptr(), steps.data_ptr(), y.data_ptr(), after, threads)
+    call("gpt_finish", ctypes.byref(layer), len(x), sums, steps, y, after)
     return y
 
 
@@ -185,26 +182,21 @@ class Generation:
             return self.model.hidden(idx, caches)
         embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = embedded.float().contiguous()
-        if prompt:
-            self.read_prompt(x, caches, embedded.dtype)
-        else:
-            self.read_token(x, caches)
+        read = self.read_prompt if prompt else self.read_token
+        read(x, caches, embedded.dtype)
         return self.transformer.ln_f(x.to(embedded.dtype))
 
-    def read_token(self, x, caches):
+    def read_token(self, x, caches, dtype):
         """All blocks change x (B, 1, C) in place, in C."""
-        past, longest, dtype = caches[0].length, caches[0].max_length, TYPES[caches[0].k.dtype]
-        work = x.new_empty(16 + 7 * x.numel())
-        pointers = ctypes.c_void_p * len(caches)
-        keys = pointers(*[cache.k.data_ptr() for cache in caches])
-        values = pointers(*[cache.v.data_ptr() for cache in caches])
-        rest = (keys, values, dtype, past, longest, work.data_ptr(), torch.get_num_threads())
-        load().gpt_blocks(self.blocks, len(caches), len(x), x.data_ptr(), *rest)
-        for cache in caches:
+        keys, values = [(ctypes.c_void_p * len(caches))() for _ in range(2)]
+        for i, cache in enumerate(caches):
+            keys[i], values[i] = cache.k.data_ptr(), cache.v.data_ptr()
             cache.length += 1
+        cached = (keys, values, TYPES[cache.k.dtype], cache.length - 1, cache.max_length)
+        call("gpt_blocks", self.blocks, len(caches), len(x), x, *cached, x.new_empty(16 + 7 * x.numel()))
 
     def read_prompt(self, x, caches, dtype):
-        """All blocks change x (B, T, C) in place, with products of many rows; the cache is of a dtype."""
+        """All blocks change x (B, T, C) in place, by products of many rows; the cache is of a dtype."""
         (B, T, C), rows = x.shape, x.flatten(0, 1)
         for block, c, cache in zip(self.transformer.h, self.blocks, caches, strict=True):
             qkv = multiply_many(c.c_attn, block.attn.c_attn.weight, block.ln_1(rows.to(dtype)))
