@@ -175,6 +175,14 @@ static void put(float value, void *to, long type, long i)
         ((uint16_t *)to)[i] = narrow(value);
 }
 
+/* x (n,) in place: the tanh form of gpt.py, by (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). */
+static void gelu(float *x, long n)
+{
+    #pragma omp simd
+    for (long i = 0; i < n; i++)
+        x[i] /= 1 + expf(-1.5957691216057308f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+}
+
 /* All threads run the functions below together: each `omp for` shares out its iterations, and ends when all are done. */
 
 /* x (rows, n_in), rounded to numbers of the weights' type, -> y (rows, n_out); work is room for 16 + rows * n_in
@@ -215,14 +223,6 @@ static void linear(const Linear *p, long rows, const float *x, float *y, int aft
             *to = after == ADD ? *to + s : s;
         }
     }
-}
-
-/* x (n,) in place: the tanh form of gpt.py, by (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)). */
-static void gelu(float *x, long n)
-{
-    #pragma omp for simd schedule(static)
-    for (long i = 0; i < n; i++)
-        x[i] /= 1 + expf(-1.5957691216057308f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
 }
 
 /* x (rows, n) -> y (rows, n): minus the mean, over the standard deviation, times weight, plus bias. */
@@ -266,7 +266,9 @@ static void block(const Block *p, long B, float *x, void *keys, void *values, lo
     linear(&p->attn_proj, B, y, x, ADD, rest);
     layer_norm(x, p->ln_2_weight, p->ln_2_bias, y, B, C);
     linear(&p->c_fc, B, y, wide, STORE, rest);          /* (B, 4 C) */
-    gelu(wide, B * 4 * C);
+    #pragma omp for schedule(static)
+    for (long i = 0; i < B * 4 * C; i += 64)
+        gelu(wide + i, B * 4 * C - i < 64 ? B * 4 * C - i : 64);
     linear(&p->mlp_proj, B, wide, x, ADD, rest);
 }
 
@@ -299,19 +301,21 @@ void gpt_quantize(const float *x, long rows, long n, uint8_t *integers, float *s
 /* The sums of products (rows, n_out), int32 if the weights are int8, -> y, which may be the same memory. */
 void gpt_finish(const Linear *p, long rows, const void *sums, const float *steps, float *y, long after, long threads)
 {
-    #pragma omp parallel num_threads(threads)
-    {
-        #pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++)
-            for (long o = 0, i = r * p->n_out; o < p->n_out; o++, i++) {
-                float s;
-                int32_t integer;
-                memcpy(&s, (const float *)sums + i, sizeof s);
-                memcpy(&integer, &s, sizeof s);
-                s = (p->type == INT8 ? integer * (steps[r] * p->scales[o]) : s) + p->bias[o];
-                y[i] = after == ADD ? y[i] + s : s;
-            }
+    const float *scales = p->scales, *bias = p->bias;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const char *from = (const char *)sums + r * p->n_out * 4;
+        float *to = y + r * p->n_out, step = p->type == INT8 ? steps[r] : 0;
+        #pragma omp simd
+        for (long o = 0; o < p->n_out; o++) {
+            float s;
+            int32_t integer;
+            memcpy(&s, from + 4 * o, 4);
+            memcpy(&integer, from + 4 * o, 4);
+            s = (scales ? integer * (step * scales[o]) : s) + bias[o];
+            to[o] = after == ADD ? to[o] + s : s;
+        }
         if (after == GELU)
-            gelu(y, rows * p->n_out);
+            gelu(to, p->n_out);
     }
 }
