@@ -144,14 +144,10 @@ def multiply_many(layer, weight, x, y=None, after=STORE):
 
 # ---- Generation ----
 def resolve_dtype(name, device):
-    """As gpt.resolve_dtype, but auto is bfloat16 on every processor that has its instructions.
-
-    A generated token reads all weights once, so their size counts, even where products of bfloat16 are slow.
-    """
+    """As gpt.resolve_dtype, but auto is bfloat16 on every processor with its instructions: half the bytes to read."""
     has_bfloat16 = any(value and "bf16" in key for key, value in torch.cpu.get_capabilities().items())
-    if name == "auto" and device.type == "cpu" and has_bfloat16:
-        return torch.bfloat16
-    return gpt.resolve_dtype(name, device)
+    smaller = name == "auto" and device.type == "cpu" and has_bfloat16
+    return torch.bfloat16 if smaller else gpt.resolve_dtype(name, device)
 
 
 def applies(model):
@@ -170,14 +166,17 @@ class Generation:
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        fewest = {torch.int8: 1 if has_vnni() else NEVER, torch.bfloat16: NEVER if native_bfloat16() else 17}
-        self.fewest = fewest.get(model.lm_head.weight.dtype, NEVER)  # tokens of a prompt for which C helps
+        dtype, bfloat16 = model.lm_head.weight.dtype, native_bfloat16()
+        fewest = {torch.int8: 1 if has_vnni() else NEVER, torch.bfloat16: NEVER if bfloat16 else 17}
+        self.fewest = fewest.get(dtype, NEVER)  # tokens of a prompt for which read_prompt is faster
+        has_dots = dtype != torch.bfloat16 or not bfloat16 or torch.cpu.get_capabilities().get("avx512_bf16")
+        self.most_rows = MOST_ROWS if has_dots else 2  # of more, PyTorch is faster
 
     def hidden(self, idx, caches):
         """GPT.hidden for a prompt, or for the token after it in each stream, idx (B, 1)."""
         (B, T), past = idx.shape, caches[0].length
         prompt = past == 0 and self.fewest <= B * T and self.config.n_embd > 1  # _int_mm is wrong for one column
-        token = past > 0 and T == 1 and B <= MOST_ROWS and caches[0].k.dtype in TYPES
+        token = past > 0 and T == 1 and self.most_rows >= B and caches[0].k.dtype in TYPES
         if not (prompt or token):
             return self.model.hidden(idx, caches)
         embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
@@ -208,7 +207,7 @@ class Generation:
             multiply_many(c.mlp_proj, block.mlp.c_proj.weight, y, rows, ADD)
 
     def lm_head(self, x):
-        return multiply(self.head, x) if len(x) <= MOST_ROWS else self.model.lm_head(x)
+        return multiply(self.head, x) if len(x) <= self.most_rows else self.model.lm_head(x)
 
 
 class NativeGPT:

@@ -71,7 +71,9 @@ def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, 
     found, own = ((step_by_step(each, idx, 10) - exact).square().mean().sqrt() for each in (generation, model))
     assert found < {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.04}[dtype] * exact.std()
     assert dtype == "int8" or found <= {"float32": 2, "bfloat16": 1.2}[dtype] * own
-    assert [name for name in calls if name in ("gpt_blocks", "gpt_linear")] == ["gpt_blocks", "gpt_linear"] * 14
+    assert [name for name in calls if name in ("gpt_blocks", "gpt_linear")] == ["gpt_blocks", "gpt_linear"] * (
+        14 if generation.most_rows >= B else 0
+    )
 
 
 @pytest.mark.parametrize("native_bfloat16", [False, True])
