@@ -130,13 +130,13 @@ def multiply(layer, x):
 
 def multiply_many(layer, weight, x, y=None, after=STORE):
     """The same for many rows, but y += product after ADD: PyTorch adds up the products, C does the rest."""
-    x = x.float().contiguous()
-    integers, steps = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
+    x = x.float().flatten(0, -2).contiguous()
     if weight.dtype == torch.int8:
+        integers, steps = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
         call("gpt_quantize", x, *x.shape, integers, steps)
         sums = torch._int_mm(integers, weight.T)
     else:
-        sums = x @ weight.float().T  # bfloat16 is widened once for all rows
+        sums, steps = x @ weight.float().T, None  # bfloat16 is widened once for all rows
     y = sums.view(torch.float32) if y is None else y
     call("gpt_finish", ctypes.byref(layer), len(x), sums, steps, y, after)
     return y
@@ -173,38 +173,41 @@ class Generation:
         self.most_rows = MOST_ROWS if has_dots else 2  # of more, PyTorch is faster
 
     def hidden(self, idx, caches):
-        """GPT.hidden for a prompt, or for the token after it in each stream, idx (B, 1)."""
+        """GPT.hidden for a prompt, of which the last position is enough, or for the tokens after it, idx (B, 1)."""
         (B, T), past = idx.shape, caches[0].length
         prompt = past == 0 and self.fewest <= B * T and self.config.n_embd > 1  # _int_mm is wrong for one column
         token = past > 0 and T == 1 and self.most_rows >= B and caches[0].k.dtype in TYPES
         if not (prompt or token):
             return self.model.hidden(idx, caches)
         embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
-        x = embedded.float().contiguous()
         read = self.read_prompt if prompt else self.read_token
-        read(x, caches, embedded.dtype)
+        x = read(embedded.float().contiguous(), caches, embedded.dtype)
         return self.transformer.ln_f(x.to(embedded.dtype))
 
     def read_token(self, x, caches, dtype):
-        """All blocks change x (B, 1, C) in place, in C."""
+        """x (B, 1, C) through all blocks, in C."""
         keys, values = [(ctypes.c_void_p * len(caches))() for _ in range(2)]
         for i, cache in enumerate(caches):
             keys[i], values[i] = cache.k.data_ptr(), cache.v.data_ptr()
             cache.length += 1
         cached = (keys, values, TYPES[cache.k.dtype], cache.length - 1, cache.max_length)
         call("gpt_blocks", self.blocks, len(caches), len(x), x, *cached, x.new_empty(16 + 7 * x.numel()))
+        return x
 
     def read_prompt(self, x, caches, dtype):
-        """All blocks change x (B, T, C) in place, by products of many rows; the cache is of a dtype."""
-        (B, T, C), rows = x.shape, x.flatten(0, 1)
+        """x (B, T, C) through all blocks, by products of many rows, with a cache of dtype -> the last position."""
+        B, T, C = x.shape
         for block, c, cache in zip(self.transformer.h, self.blocks, caches, strict=True):
-            qkv = multiply_many(c.c_attn, block.attn.c_attn.weight, block.ln_1(rows.to(dtype)))
+            qkv = multiply_many(c.c_attn, block.attn.c_attn.weight, block.ln_1(x.to(dtype)))
             q, k, v = qkv.view(B, T, 3, c.n_head, C // c.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-            cache.append(k.to(dtype), v.to(dtype))
-            y = gpt.attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-            multiply_many(c.attn_proj, block.attn.c_proj.weight, y, rows, ADD)
-            y = multiply_many(c.c_fc, block.mlp.c_fc.weight, block.ln_2(rows.to(dtype)), after=GELU)
-            multiply_many(c.mlp_proj, block.mlp.c_proj.weight, y, rows, ADD)
+            k, v = cache.append(k.to(dtype), v.to(dtype))
+            if cache is caches[-1]:  # the other positions are needed no further
+                q, x = q[:, :, -1:], x[:, -1:].contiguous()
+            y = gpt.attention(q, k.float(), v.float()).transpose(1, 2).flatten(2)
+            multiply_many(c.attn_proj, block.attn.c_proj.weight, y, x, ADD)
+            y = multiply_many(c.c_fc, block.mlp.c_fc.weight, block.ln_2(x.to(dtype)), after=GELU)
+            multiply_many(c.mlp_proj, block.mlp.c_proj.weight, y, x, ADD)
+        return x
 
     def lm_head(self, x):
         return multiply(self.head, x) if len(x) <= self.most_rows else self.model.lm_head(x)
