@@ -1,4 +1,5 @@
-"""Generation in C: native.c computes all blocks of a GPT for a token of each stream in one call, and its head.
+"""Generation in C: native.c computes all blocks of a GPT for a token of each stream in one call, and its head. Prompts
+are read by PyTorch, with C around its products of int8.
 
 For each token, PyTorch starts some thirty operations per block, eighty in int8, which can take longer than the
 arithmetic. `speed_up(model)` returns a NativeGPT, which generates the same in less time. Where C does not apply (no
@@ -29,7 +30,6 @@ FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno
 FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MOST_ROWS, STORE, ADD, GELU = 8, 0, 1, 2  # as in native.c
-NEVER = 2**62
 
 
 # ---- The library: compiled once, then kept in the user's cache ----
@@ -166,33 +166,30 @@ class Generation:
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        dtype, bfloat16 = model.lm_head.weight.dtype, native_bfloat16()
-        fewest = {torch.int8: 1 if has_vnni() else NEVER, torch.bfloat16: NEVER if bfloat16 else 17}
-        self.fewest = fewest.get(dtype, NEVER)  # tokens of a prompt for which read_prompt is faster
-        has_dots = dtype != torch.bfloat16 or not bfloat16 or torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype, fast = model.lm_head.weight.dtype, native_bfloat16()
+        self.helps = {torch.int8: has_vnni(), torch.bfloat16: not fast}.get(dtype, False)  # with prompts
+        has_dots = dtype != torch.bfloat16 or not fast or torch.cpu.get_capabilities().get("avx512_bf16")
         self.most_rows = MOST_ROWS if has_dots else 2  # of more, PyTorch is faster
 
     def hidden(self, idx, caches):
         """GPT.hidden for a prompt, of which the last position is enough, or for the tokens after it, idx (B, 1)."""
         (B, T), past = idx.shape, caches[0].length
-        prompt = past == 0 and self.fewest <= B * T and self.config.n_embd > 1  # _int_mm is wrong for one column
+        prompt = past == 0 and self.helps and B * T > 16 and self.config.n_embd > 1  # _int_mm is wrong for one column
         token = past > 0 and T == 1 and self.most_rows >= B and caches[0].k.dtype in TYPES
         if not (prompt or token):
             return self.model.hidden(idx, caches)
         embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
-        read = self.read_prompt if prompt else self.read_token
-        x = read(embedded.float().contiguous(), caches, embedded.dtype)
+        x = embedded.float().contiguous()
+        if prompt:
+            x = self.read_prompt(x, caches, embedded.dtype)
+        else:
+            keys, values = [(ctypes.c_void_p * len(caches))() for _ in range(2)]
+            for i, cache in enumerate(caches):
+                keys[i], values[i] = cache.k.data_ptr(), cache.v.data_ptr()
+                cache.length += 1
+            cached = (keys, values, TYPES[cache.k.dtype], past, cache.max_length)
+            call("gpt_blocks", self.blocks, len(caches), B, x, *cached, x.new_empty(16 + 7 * x.numel()))
         return self.transformer.ln_f(x.to(embedded.dtype))
-
-    def read_token(self, x, caches, dtype):
-        """x (B, 1, C) through all blocks, in C."""
-        keys, values = [(ctypes.c_void_p * len(caches))() for _ in range(2)]
-        for i, cache in enumerate(caches):
-            keys[i], values[i] = cache.k.data_ptr(), cache.v.data_ptr()
-            cache.length += 1
-        cached = (keys, values, TYPES[cache.k.dtype], cache.length - 1, cache.max_length)
-        call("gpt_blocks", self.blocks, len(caches), len(x), x, *cached, x.new_empty(16 + 7 * x.numel()))
-        return x
 
     def read_prompt(self, x, caches, dtype):
         """x (B, T, C) through all blocks, by products of many rows, with a cache of dtype -> the last position."""
