@@ -7,8 +7,6 @@ PyTorch's kernel multiplies int8 by bfloat16. Where bfloat16 would be emulated, 
 quantization, Dettmers et al. 2022, "LLM.int8()", 3.1). The token embedding is the head, and shares its int8 matrix.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,14 +16,17 @@ from gpt import resolve_dtype
 
 def to_int8(weight):
     """(out, in) -> int8 (out, in), and the scales (out,) of its rows; the largest of each row is 127."""
-    scales = torch.linalg.vector_norm(weight, math.inf, 1).clamp_(min=1e-12).div_(127)
+    scales = weight.abs().amax(1).clamp_(min=1e-12).div_(127)
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-def multiplies_integers():
-    """Whether products of int8 are right and fastest: without VNNI, sums of sixteen bits overflow without an error."""
-    vnni = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
-    return vnni and resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
+def has_vnni():
+    """Whether sums of int8 products are right: without VNNI they overflow sixteen bits, and no error is raised."""
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_vnni", "avx_vnni"))
+
+
+def native_bfloat16():
+    return resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
 
 
 class Int8Linear(nn.Module):
@@ -35,7 +36,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, scales, bias):
         super().__init__()
-        self.integers = multiplies_integers()
+        self.integers = has_vnni() and not native_bfloat16()
         self.register_buffer("weight", weight)  # int8 (out, in)
         self.register_buffer("scales", scales)  # (out,)
         self.register_buffer("sums", weight.sum(1, dtype=torch.int32))  # (out,), for native.c
@@ -46,13 +47,16 @@ class Int8Linear(nn.Module):
         rows = x.flatten(0, -2)  # (B * T, in)
         if self.integers and x.device.type == "cpu" and rows.shape[1] > 1:  # with one column its results are wrong
             tokens, steps = to_int8(rows)  # int8 (B * T, in), (B * T,)
-            y = torch._int_mm(tokens, self.weight.T) * (steps[:, None] * self.scales)
+            y = torch._int_mm(tokens, self.weight.T).float().mul_(steps[:, None] * self.scales)
             y = y if self.bias is None else y.add_(self.bias)
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         odd = rows.shape[1] % 32  # PyTorch's kernel reads past the end of such rows: wrong numbers, or a crash
         if len(rows) > self.MOST_ROWS or odd or x.device.type != "cpu":
-            return F.linear(x, self.weight.to(x.dtype) * self.scales.to(x.dtype)[:, None], self.bias)
-        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)
+            if x.dtype != torch.float32 or x.device.type != "cpu" or not native_bfloat16():
+                return F.linear(x, self.weight.to(x.dtype) * self.scales.to(x.dtype)[:, None], self.bias)
+            y = F.linear(rows.bfloat16(), self.weight.bfloat16()).float()
+        else:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)
         y = y * self.scales if self.bias is None else torch.addcmul(self.bias, y, self.scales)  # in x's precision
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 

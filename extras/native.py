@@ -1,4 +1,5 @@
-"""Generation in C: native.c computes all blocks of a GPT for a token of each stream in one call, and its head.
+"""Generation in C: native.c computes all blocks of a GPT for a token of each stream in one call, and its head. Prompts
+are read by PyTorch, with C around its products of int8.
 
 For each token, PyTorch starts some thirty operations per block, eighty in int8, which can take longer than the
 arithmetic. `speed_up(model)` returns a NativeGPT, which generates the same in less time. Where C does not apply (no
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 import gpt
+from extras.int8 import has_vnni, native_bfloat16
 from gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -27,7 +29,7 @@ FLAGS = ["-O3", "-march=native", "-fopenmp"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]  # sums may be reordered
 FLAGS += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MOST_ROWS = 8  # as in native.c
+MOST_ROWS, STORE, ADD, GELU = 8, 0, 1, 2  # as in native.c
 
 
 # ---- The library: compiled once, then kept in the user's cache ----
@@ -57,11 +59,7 @@ def open_library(folder):
         with tempfile.TemporaryDirectory(dir=folder) as part:
             run_compiler("-shared", "-fPIC", SOURCE, "-o", Path(part, path.name), "-lm")
             Path(part, path.name).replace(path)
-    library, number, pointer = ctypes.CDLL(str(path)), ctypes.c_long, ctypes.c_void_p
-    library.gpt_linear.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_int]
-    library.gpt_blocks.argtypes = [pointer, *[number] * 2, *[pointer] * 3, *[number] * 3, pointer, ctypes.c_int]
-    library.gpt_linear.restype = library.gpt_blocks.restype = None
-    return library
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
@@ -74,6 +72,13 @@ def load():
     with suppress(*unavailable), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return open_library(Path(folder))  # stays in memory when its file is gone
     return None
+
+
+def call(function, *arguments):
+    """Call a function of native.c with addresses of tensors, whole numbers as long, and the number of threads."""
+    converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in (*converted, torch.get_num_threads())]
+    getattr(load(), function)(*converted)
 
 
 # ---- The structures of native.c ----
@@ -99,11 +104,9 @@ def pointer(tensor, dtype, kept):
 def linear(layer, kept):
     """nn.Linear or Int8Linear -> its structure."""
     n_out, n_in = layer.weight.shape
-    weight = pointer(layer.weight, layer.weight.dtype, kept)
-    bias = pointer(layer.bias, torch.float32, kept)
-    scales = pointer(getattr(layer, "scales", None), torch.float32, kept)
-    sums = pointer(getattr(layer, "sums", None), torch.int32, kept)
-    return Linear(TYPES[layer.weight.dtype], n_in, n_out, weight, bias, scales, sums)
+    dtypes = {"weight": layer.weight.dtype, "bias": torch.float32, "scales": torch.float32, "sums": torch.int32}
+    addresses = [pointer(getattr(layer, name, None), dtype, kept) for name, dtype in dtypes.items()]
+    return Linear(TYPES[layer.weight.dtype], n_in, n_out, *addresses)
 
 
 def layers_of(block):
@@ -112,8 +115,7 @@ def layers_of(block):
 
 def structure(block, kept):
     """gpt.Block -> its structure."""
-    norms = [*block.ln_1.parameters(), *block.ln_2.parameters()]  # weight and bias of each
-    norms = [pointer(p, torch.float32, kept) for p in norms]
+    norms = [pointer(p, torch.float32, kept) for p in (*block.ln_1.parameters(), *block.ln_2.parameters())]
     layers = [linear(layer, kept) for layer in layers_of(block)]
     return Block(block.attn.n_head, len(block.ln_1.weight), *norms, *layers)
 
@@ -122,22 +124,30 @@ def multiply(layer, x):
     """A linear layer's product in C: x (B, n_in), at most MOST_ROWS rows -> (B, n_out), of x's type."""
     x32 = x.float().contiguous()
     y = x32.new_empty(len(x), layer.n_out)
-    work = x32.new_empty(MOST_ROWS + x.numel())
-    addresses = [tensor.data_ptr() for tensor in (x32, y, work)]
-    load().gpt_linear(ctypes.byref(layer), len(x), *addresses, torch.get_num_threads())
+    call("gpt_linear", ctypes.byref(layer), len(x), x32, y, x32.new_empty(16 + x.numel()))
     return y.to(x.dtype)
+
+
+def multiply_many(layer, weight, x, y=None, after=STORE):
+    """The same for many rows, but y += product after ADD: PyTorch adds up the products, C does the rest."""
+    x = x.float().flatten(0, -2).contiguous()
+    if weight.dtype == torch.int8:
+        integers, steps = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
+        call("gpt_quantize", x, *x.shape, integers, steps)
+        sums = torch._int_mm(integers, weight.T)
+    else:
+        sums, steps = x @ weight.float().T, None  # bfloat16 is widened once for all rows
+    y = sums.view(torch.float32) if y is None else y
+    call("gpt_finish", ctypes.byref(layer), len(x), sums, steps, y, after)
+    return y
 
 
 # ---- Generation ----
 def resolve_dtype(name, device):
-    """As gpt.resolve_dtype, but auto is bfloat16 on every processor that has its instructions.
-
-    A generated token reads all weights once, so their size counts, even where products of bfloat16 are slow.
-    """
+    """As gpt.resolve_dtype, but auto is bfloat16 on every processor with its instructions: half the bytes to read."""
     has_bfloat16 = any(value and "bf16" in key for key, value in torch.cpu.get_capabilities().items())
-    if name == "auto" and device.type == "cpu" and has_bfloat16:
-        return torch.bfloat16
-    return gpt.resolve_dtype(name, device)
+    smaller = name == "auto" and device.type == "cpu" and has_bfloat16
+    return torch.bfloat16 if smaller else gpt.resolve_dtype(name, device)
 
 
 def applies(model):
@@ -152,31 +162,49 @@ class Generation:
     """The weights of a GPT as they are now, and the two of its parts that GPT.stream calls."""
 
     def __init__(self, model):
-        self.model, self.config, self.transformer = model, model.config, model.transformer
-        self.kept = []
+        self.model, self.config, self.transformer, self.kept = model, model.config, model.transformer, []
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        emulated = gpt.resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16
-        self.most_rows = MOST_ROWS if emulated or model.lm_head.weight.dtype != torch.bfloat16 else 2  # C is faster
+        dtype, fast = model.lm_head.weight.dtype, native_bfloat16()
+        self.helps = {torch.int8: has_vnni(), torch.bfloat16: not fast}.get(dtype, False)  # with prompts
+        has_dots = dtype != torch.bfloat16 or not fast or torch.cpu.get_capabilities().get("avx512_bf16")
+        self.most_rows = MOST_ROWS if has_dots else 2  # of more, PyTorch is faster
 
     def hidden(self, idx, caches):
-        """GPT.hidden: the prompt in PyTorch, the tokens after it, idx (B, 1), in C."""
-        B, past = len(idx), caches[0].length
-        if past == 0 or self.most_rows < B or caches[0].k.dtype not in TYPES:
+        """GPT.hidden for a prompt, of which the last position is enough, or for the tokens after it, idx (B, 1)."""
+        (B, T), past = idx.shape, caches[0].length
+        prompt = past == 0 and self.helps and B * T > 16 and self.config.n_embd > 1  # _int_mm is wrong for one column
+        token = past > 0 and T == 1 and self.most_rows >= B and caches[0].k.dtype in TYPES
+        if not (prompt or token):
             return self.model.hidden(idx, caches)
-        embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + 1]  # (B, 1, C) + (1, C)
+        embedded = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]  # (B, T, C) + (T, C)
         x = embedded.float().contiguous()
-        work = x.new_empty(MOST_ROWS + 6 * x.numel())
-        pointers = ctypes.c_void_p * len(caches)
-        keys = pointers(*[cache.k.data_ptr() for cache in caches])
-        values = pointers(*[cache.v.data_ptr() for cache in caches])
-        cached = (keys, values, TYPES[caches[0].k.dtype], past, caches[0].max_length)
-        rest = (work.data_ptr(), torch.get_num_threads())
-        load().gpt_blocks(self.blocks, len(caches), B, x.data_ptr(), *cached, *rest)
-        for cache in caches:
-            cache.length += 1
+        if prompt:
+            x = self.read_prompt(x, caches, embedded.dtype)
+        else:
+            keys, values = [(ctypes.c_void_p * len(caches))() for _ in range(2)]
+            for i, cache in enumerate(caches):
+                keys[i], values[i] = cache.k.data_ptr(), cache.v.data_ptr()
+                cache.length += 1
+            cached = (keys, values, TYPES[cache.k.dtype], past, cache.max_length)
+            call("gpt_blocks", self.blocks, len(caches), B, x, *cached, x.new_empty(16 + 7 * x.numel()))
         return self.transformer.ln_f(x.to(embedded.dtype))
+
+    def read_prompt(self, x, caches, dtype):
+        """x (B, T, C) through all blocks, by products of many rows, with a cache of dtype -> the last position."""
+        B, T, C = x.shape
+        for block, c, cache in zip(self.transformer.h, self.blocks, caches, strict=True):
+            qkv = multiply_many(c.c_attn, block.attn.c_attn.weight, block.ln_1(x.to(dtype)))
+            q, k, v = qkv.view(B, T, 3, c.n_head, C // c.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+            k, v = cache.append(k.to(dtype), v.to(dtype))
+            if cache is caches[-1]:  # the other positions are needed no further
+                q, x = q[:, :, -1:], x[:, -1:].contiguous()
+            y = gpt.attention(q, k.float(), v.float()).transpose(1, 2).flatten(2)
+            multiply_many(c.attn_proj, block.attn.c_proj.weight, y, x, ADD)
+            y = multiply_many(c.c_fc, block.mlp.c_fc.weight, block.ln_2(x.to(dtype)), after=GELU)
+            multiply_many(c.mlp_proj, block.mlp.c_proj.weight, y, x, ADD)
+        return x
 
     def lm_head(self, x):
         return multiply(self.head, x) if len(x) <= self.most_rows else self.model.lm_head(x)

@@ -39,6 +39,16 @@ def test_integers_are_for_processors_that_add_them_up_right_and_lack_bfloat16(vn
     assert Int8Linear(torch.ones(2, 3, dtype=torch.int8), torch.ones(2), None).integers == integers
 
 
+@pytest.mark.parametrize("width", [64, 40])
+def test_many_rows_are_multiplied_in_bfloat16_where_it_is_native(width, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    layer, x = Int8Linear(*int8.to_int8(torch.randn(48, width)), torch.randn(48)), torch.randn(100, width)
+    weight, tokens = layer.weight.double() * layer.scales[:, None], x.bfloat16().double()
+    off = (layer(x) - (tokens @ weight.T + layer.bias)).abs() / (tokens.abs() @ weight.abs().T + 1)
+    assert layer(x).dtype == torch.float32 and 0 < off.max() < 0.004
+
+
 @pytest.mark.parametrize("integers", [pytest.param(True, marks=pytest.mark.skipif(not VNNI, reason="no VNNI")), False])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize(("width", "out"), [(64, 48), (32, 257), (96, 1), (40, 257), (1, 5)])

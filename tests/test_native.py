@@ -71,7 +71,30 @@ def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, 
     found, own = ((step_by_step(each, idx, 10) - exact).square().mean().sqrt() for each in (generation, model))
     assert found < {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.04}[dtype] * exact.std()
     assert dtype == "int8" or found <= {"float32": 2, "bfloat16": 1.2}[dtype] * own
-    assert calls == ["gpt_blocks", "gpt_linear"] * (14 if generation.most_rows >= B else 0)
+    assert [name for name in calls if name in ("gpt_blocks", "gpt_linear")] == ["gpt_blocks", "gpt_linear"] * (
+        14 if generation.most_rows >= B else 0
+    )
+
+
+@pytest.mark.parametrize("native_bfloat16", [False, True])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 150), (9, 20)])
+@pytest.mark.parametrize(("C", "H"), SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_prompt_is_read_as_by_pytorch(dtype, C, H, B, T, native_bfloat16, calls, monkeypatch):
+    """The logits after it, and the keys and values of all its tokens; with C before and after products of int8."""
+    monkeypatch.setattr(native, "native_bfloat16", lambda: native_bfloat16)
+    model, idx = make(C, H, dtype, block_size=200), random_ids(B, T)
+    generation, caches = native.Generation(model), [gpt.KVCache(T + 1) for _ in range(4)]
+    with torch.no_grad():
+        found = generation.lm_head(generation.hidden(idx, caches[:2])[:, -1])
+        model.hidden(idx, caches[2:])
+    exact, bound = in_float64(model, idx)[:, -1], {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.04}[dtype]
+    assert (found - exact).square().mean().sqrt() < bound * exact.std()
+    for cache, expected in zip(caches[:2], caches[2:], strict=True):
+        off = cache.v[:, :, :T] - expected.v[:, :, :T]
+        assert cache.k.dtype == expected.k.dtype and off.square().mean().sqrt() < bound * expected.v[:, :, :T].std()
+    in_c = {"float32": False, "bfloat16": not native_bfloat16, "int8": int8.has_vnni()}[dtype] and T > 1
+    assert calls.count("gpt_finish") == (8 if in_c else 0), "four products in each of two blocks"
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])
@@ -80,7 +103,6 @@ def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, 
 def test_a_product_is_that_of_the_stored_numbers(dtype, width, out, rows):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(width, out), torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
-    tokens = x.double()
     if dtype == "int8":
         layer = int8.Int8Linear(*int8.to_int8(layer.weight.detach()), layer.bias)
         stored = layer.weight.double() * layer.scales[:, None].double()
@@ -88,7 +110,7 @@ def test_a_product_is_that_of_the_stored_numbers(dtype, width, out, rows):
         tokens = integers.double() * steps[:, None].double()
     else:
         layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
-        stored = layer.weight.detach().double()
+        stored, tokens = layer.weight.detach().double(), x.to(layer.weight.dtype).double()
     kept = []
     found = native.multiply(native.linear(layer, kept), x)
     off = (found - (tokens @ stored.T + layer.bias.detach().double())).abs() / (tokens.abs() @ stored.abs().T + 1)
@@ -118,9 +140,9 @@ def test_large_scores_do_not_overflow(calls):
     assert (step_by_step(native.Generation(model), idx, 10) - exact).abs().max() < 1e-3 * exact.std() and calls
 
 
-@pytest.mark.parametrize("B", [1, 8, 9])
-def test_generation_past_the_context_is_that_of_the_model(B, calls):
-    model, idx = make(block_size=12), random_ids(B, 3)
+@pytest.mark.parametrize(("B", "T"), [(1, 3), (8, 3), (9, 3), (8, 40)])
+def test_generation_past_the_context_is_that_of_the_model(B, T, calls):
+    model, idx = make(block_size=12), random_ids(B, T)
     faster = native.speed_up(model)
     assert torch.equal(faster.generate(idx, 30, temperature=0), model.generate(idx, 30, temperature=0))
     assert ("gpt_blocks" in calls) == ("gpt_linear" in calls) == (B <= 8) and faster.config is model.config
