@@ -11,7 +11,6 @@ forgotten transpose shows as a wrong shape, except in attn.c_proj, which is squa
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -27,9 +26,9 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 import gpt
-from gpt import EOT, GPT, PRESETS, GPTConfig, InputError, Tokenizer, command, log, read_text, require
+from extras.published import FILES, SETTINGS, TRANSPOSED, find, read_config, read_end, read_json, read_tokenizer
+from gpt import GPT, PRESETS, InputError, command, log, require
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 PARAGRAPH = (
     "The lighthouse stood at the end of a long stone pier. Every evening the keeper climbed the stairs, lit the lamp "
     "and looked out over the water. In winter the waves came up to the door, and nobody visited him for weeks. He did "
@@ -39,7 +38,7 @@ PARAGRAPH = (
 # ---- Download the files of a model from the Hugging Face hub, each once ----
 NAMES = {name: f"openai-community/{name}" for name in PRESETS if name.startswith("gpt2")}
 NAMES["distilgpt2"] = "distilbert/distilgpt2"
-FILES = "config.json, vocab.json, merges.txt and model.safetensors"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 CACHE = Path(".cache", "hub")
 TIMEOUT = (10, 30)  # seconds: to connect, and without a byte
 BUSY = (408, 429, 500, 502, 503, 504)  # ask again, after the time in Retry-After or 0, 1, 2, 4 and 8 seconds
@@ -115,6 +114,8 @@ def download_model(name, revision):
     require(valid, f"{name!r} is neither a folder nor owner/name nor one of {', '.join(NAMES)}")
     folder = CACHE / f"{repository.replace('/', '--')}@{at}"
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    if any((folder / file).exists() for file in WEIGHTS):  # they come last
+        return folder
     session = open_session()
 
     def fetch(file):
@@ -124,9 +125,9 @@ def download_model(name, revision):
         folder.mkdir(parents=True, exist_ok=True)
         require(fetch("config.json"), f"{endpoint}/{repository} has no config.json in {revision}: check the name")
         read_config(read_json(folder / "config.json"))  # before half a gigabyte comes
-        for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+        for file in ("vocab.json", "merges.txt", "tokenizer.json", *SETTINGS):
             fetch(file)
-        fetch("model.safetensors") or fetch("pytorch_model.bin")
+        any(fetch(file) for file in WEIGHTS)
     except OSError as error:
         reason = f"no connection to {endpoint}" if isinstance(error, requests.ConnectionError) else error
         page = f"https://huggingface.co/{repository}/tree/{revision}"
@@ -134,102 +135,6 @@ def download_model(name, revision):
         then = f"python convert_gpt2.py FOLDER --out checkpoints/{Path(name).name}"
         raise InputError(f"{name} could not be downloaded: {reason}. You can also {by_hand} {then}") from error
     return folder
-
-
-def find(folder, *names):
-    """The first of these files that the folder has. Raises InputError."""
-    there = [folder / name for name in names if (folder / name).is_file()]
-    require(there, f"{folder} has no {' or '.join(names)}: put {FILES} there")
-    return there[0]
-
-
-def read_json(path):
-    try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    require(isinstance(found, dict), f"{path} is not a JSON object")
-    return found
-
-
-# ---- config.json -> shape, or an error that names what GPT-2 and gpt.py don't compute ----
-SAME = {  # what gpt.py computes, in the words of config.json
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "n_inner": None,
-    "quantization_config": None,
-    "auto_map": None,
-}
-SHAPE = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-
-
-def read_config(described):
-    """config.json -> GPTConfig; raises InputError if the model computes anything else than gpt.py."""
-    shape = {ours: described.get(theirs) for ours, theirs in SHAPE.items()}
-    odd = [SHAPE[ours] for ours, value in shape.items() if type(value) is not int]
-    require(not odd, f"config.json: {', '.join(odd)} must be a whole number")
-    accepted = {key: (value,) for key, value in SAME.items()}
-    accepted["activation_function"] = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function under three names
-    accepted["n_inner"] = (None, 4 * shape["n_embd"])
-    different = [key for key, values in accepted.items() if described.get(key, SAME[key]) not in values]
-    details = "; ".join(f"its {key} is {described[key]!r}, and ours is {SAME[key]!r}" for key in different)
-    require(not different, f"this model does not compute what gpt.py does: {details}")
-    dropout = described.get("resid_pdrop", 0.1)
-    require(type(dropout) in (int, float), f"config.json: resid_pdrop is {dropout!r}, not a number")
-    return GPTConfig(**shape, dropout=dropout)
-
-
-# ---- vocab.json and merges.txt -> Tokenizer ----
-def characters():
-    """Byte -> its character in vocab.json: itself if that is printable, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-
-
-def read_vocabulary(folder):
-    """vocab.json with merges.txt, or else tokenizer.json -> {token: id}, [(left, right)], spelled as there."""
-    path = find(folder, "vocab.json", "tokenizer.json")
-    described = read_json(path)
-    if path.name == "vocab.json":
-        lines = read_text(find(folder, "merges.txt")).split("\n")
-        return described, [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    splits = described["pre_tokenizer"]
-    usual = splits["type"] == "ByteLevel" and splits.get("use_regex", True) and not splits["add_prefix_space"]
-    require(usual and not described["normalizer"], f"by {path}, text is changed or split in another way than GPT-2's")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in described["model"]["merges"]]
-    added = {token["content"]: token["id"] for token in described["added_tokens"]}
-    return described["model"]["vocab"] | added, pairs
-
-
-def read_tokenizer(folder, ends=()):
-    """The published vocabulary -> Tokenizer; raises InputError if it isn't built like GPT-2's.
-
-    The end of text is the one id that no bytes have; its name must be <|endoftext|>, or its id be among `ends`.
-    """
-    byte_of = {character: byte for byte, character in characters().items()}
-    wrong = "the vocabulary is not GPT-2's"
-    try:
-        vocab, pairs = read_vocabulary(folder)
-        tokens = [*byte_of, *("".join(pair) for pair in pairs)]
-        ranks = {bytes(byte_of[c] for c in token): vocab[token] for token in tokens}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{wrong}: {type(error).__name__}, {error}") from error
-    require(all(type(i) is int for i in vocab.values()), f"{wrong}: its ids are not whole numbers")
-    merged = list(ranks.values())[256:]
-    require(merged == sorted(merged), f"{wrong}: its merges are not in the order of their ids")
-    free = sorted(set(range(len(ranks) + 1)).difference(ranks.values()))
-    require(len(free) == 1, f"{wrong}: its first {len(ranks) + 1:,} ids are not bytes, merges and one end of text")
-    end = free[0]
-    known = vocab.get(EOT) == end or end in ends
-    require(known, f"{wrong}: id {end} should be {EOT}, and is {[token for token, i in vocab.items() if i == end]}")
-    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    return Tokenizer(ranks, "bytes" if len(ranks) == 256 else "bpe", end)
 
 
 # ---- model.safetensors, or the pickle pytorch_model.bin -> weights under our names ----
@@ -249,8 +154,7 @@ def read_tensors(path):
                 name, tensor = state.popitem()
                 yield name, tensor.contiguous()
     except (SafetensorError, OSError) as error:
-        advice = "delete it and download it again, or run `git lfs pull` if it is a pointer of git-lfs"
-        raise InputError(f"{path} is damaged ({error}): {advice}") from error
+        raise InputError(f"{path} is damaged ({error}): delete it and download it again") from error
     except Exception as error:
         raise InputError(
             f"{path} holds other things than tensors, and was not loaded: {type(error).__name__}"
@@ -265,7 +169,7 @@ def map_weights(tensors, model):
         wanted[name.removeprefix("transformer.")] = tuple(shape)
     head = None
     weights = {}
-    problems = []
+    strange, problems = [], []
     for name, tensor in tensors:
         name = name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, in old files
@@ -275,7 +179,7 @@ def map_weights(tensors, model):
             continue
         has, takes = tuple(tensor.shape), wanted.pop(name, None)
         if takes is None:
-            problems.append(f"{name} is not GPT-2's")
+            strange.append(name)
         elif has != takes:
             problems.append(f"{name} is {has}, not {takes}")
         else:
@@ -284,7 +188,9 @@ def map_weights(tensors, model):
             require(total.isfinite(), f"{name} holds numbers that are not finite")
             tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
             weights[f"transformer.{name}"] = tensor.contiguous().float()
-    problems += [f"{name} is missing" for name in wanted]
+    wrapped = [f"{name}, not {end}" for end in sorted(wanted) for name in strange if name.endswith(f".{end}")]
+    require(not wrapped, f"the weights have a wrapper's names, {'; '.join(wrapped[:3])}, ...: save the model inside it")
+    problems += [f"{name} is not GPT-2's" for name in strange] + [f"{name} is missing" for name in wanted]
     require(not problems, f"the weights do not fit config.json: {'; '.join(sorted(problems)[:8])}")
     tied = head is None or torch.equal(head.float(), weights["transformer.wte.weight"])
     require(tied, "lm_head.weight differs from wte.weight: its head is not tied, and ours is")
@@ -302,17 +208,16 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
     context = config.block_size if block_size is None else block_size
     possible = 1 <= context <= config.block_size
     require(possible, f"--block_size is {context}, expected 1 to the model's context, {config.block_size}")
-    end = described.get("eos_token_id")
-    tokenizer = read_tokenizer(folder, end if isinstance(end, list) else [end])
+    tokenizer, special = read_tokenizer(folder, read_end(folder, described), described)
     room = tokenizer.vocab_size <= config.vocab_size
     require(room, f"{tokenizer.vocab_size:,} tokens are more than the model's vocab_size, {config.vocab_size:,}")
     with torch.device("meta"):  # shapes without memory
         model = GPT(config)
-    weights = map_weights(read_tensors(find(folder, "model.safetensors", "pytorch_model.bin")), model)
+    weights = map_weights(read_tensors(find(folder, *WEIGHTS)), model)
     config.block_size = context
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:context]
     origin = {"name": name, "revision": revision, "folder": str(folder.resolve())}  # debug.verify_gpt2 compares with it
-    gpt.save_checkpoint(out, model, tokenizer, weights, overwrite, source=origin)
+    gpt.save_checkpoint(out, model, tokenizer, weights, overwrite, source=origin, special_tokens=special)
     for leftover in ("log.csv", "loss.png"):  # of the run that was overwritten
         (out / leftover).unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ own, with its weights as extras.export writes them. The exit status is 1 if the 
 """
 
 import functools
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from debug.activations import activations, relative_error, steps
 from debug.mistakes import MISTAKES, making
 from extras.checkpoints import read_config
 from extras.export import to_hf
+from extras.published import is_marker, is_unused
 from extras.tables import show
 from gpt import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, log, require
 
@@ -81,8 +83,21 @@ def first_difference(ours, reference, n_layer):
 
 
 # ---- Our model and the reference, compared ----
-def load_reference(model, tokenizer, folder=None):
-    """transformers' GPT-2 with the weights in `folder`, or with ours. Raises InputError if they don't fit."""
+SAME_RESULT = {  # settings of config.json that change the precision, the order or the form of the same computation
+    "reorder_and_upcast_attn": False,
+    "return_dict": True,
+    "torchscript": False,
+    "use_cache": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def load_reference(model, tokenizer, special, folder=None):
+    """transformers' GPT-2 with the weights in `folder` or with ours, and the ids at which it ends a text.
+
+    Raises InputError if they don't fit.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -92,10 +107,12 @@ def load_reference(model, tokenizer, folder=None):
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     with tempfile.TemporaryDirectory() as exported:
         if folder is None:
-            to_hf(model, tokenizer, Path(exported))
+            to_hf(model, tokenizer, Path(exported), special)
         try:
-            config = transformers.AutoConfig.from_pretrained(folder or exported)
-            require(config.model_type == "gpt2", f"it is a {config.model_type}, not a GPT-2")
+            described, _ = transformers.GPT2Config.get_config_dict(folder or exported)
+            kind = described.get("model_type", "gpt2")
+            require(kind == "gpt2", f"it is a {kind}, not a GPT-2")
+            config = options["config"] = transformers.GPT2Config.from_dict(described | SAME_RESULT)
             reference, report = transformers.GPT2LMHeadModel.from_pretrained(folder or exported, **options)
         except Exception as error:
             raise InputError(f"transformers can't load {folder or 'our weights'}: {error}") from error
@@ -105,20 +122,38 @@ def load_reference(model, tokenizer, folder=None):
         getattr(config, key) == getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")
     )
     require(same and config.n_positions >= model.config.block_size, f"the model in {folder} has a different shape")
+    end = reference.generation_config.eos_token_id
     reference.generation_config = transformers.GenerationConfig()  # the folder's may have a repetition penalty
-    return reference.eval()
+    return reference.eval(), end if isinstance(end, list) else [end]
 
 
-def same_vocabulary(tokenizer, folder):
-    """Does the published tokenizer give the same tokens as ours? None if there is none in the folder."""
+def insert(tokenizer, special, text):
+    """text -> ids, with the names of special tokens replaced by their ids."""
+    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+    ids = [[special[piece]] if piece in special else tokenizer.encode(piece) for piece in pieces]
+    return [i for piece in ids for i in piece]
+
+
+def different_text(tokenizer, special, folder):
+    """The first text to which the published tokenizer gives other ids than ours, or "". None without a tokenizer there.
+
+    Special and added tokens are in these texts, except padding.
+    """
     import transformers
 
+    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return None
     try:
         published = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception:
-        return None
-    text = f"{PARAGRAPH}\n\n  {PARAGRAPH.upper()}\t1234 naïve 日本 🎉"
-    return published(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    except Exception as error:
+        raise InputError(f"transformers can't load the tokenizer in {folder}: {error}") from error
+    added = published.get_added_vocab()
+    padding = {published.pad_token} - special.keys() if is_marker(published.pad_token or "") else set()
+    texts = [f"{PARAGRAPH}\n\n  {PARAGRAPH.upper()}\t1234 naïve 日本 🎉", " begins with a space", "a"]
+    texts += [f"a {name} b{name}c" for name in added if not (name in padding or is_unused(name))]
+    known = {name: i for name, i in special.items() if name in added}
+    wrong = [text for text in texts if published(text)["input_ids"] != insert(tokenizer, known, text)]
+    return wrong[0] if wrong else ""
 
 
 @torch.no_grad()
@@ -138,7 +173,7 @@ def compare(model, reference, tokenizer):
 
 
 @torch.no_grad()
-def verify(model, reference, tokenizer, folder, new_tokens):
+def verify(model, reference, ends, tokenizer, special, folder, new_tokens):
     """-> the rows of compare, and a verdict."""
     rows = compare(model, reference, tokenizer)
     worst = torch.tensor([row["relative_error"] for row in rows]).max().item()  # NaN if any is
@@ -146,11 +181,14 @@ def verify(model, reference, tokenizer, folder, new_tokens):
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     exact = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
     same = tokens_in_common(model.generate(prompt, count, temperature=0)[0], exact[0]) - prompt.shape[1]
-    vocabulary = same_vocabulary(tokenizer, folder) if folder else None
-    verdict = {"equal": worst <= TOLERANCE and same == count and vocabulary is not False, "relative_error": worst}
-    verdict |= {"greedy_tokens": count, "same_greedy_tokens": same, "same_vocabulary": vocabulary}
+    different = different_text(tokenizer, special, folder) if folder else None
+    same_end = set(ends) == {tokenizer.eot}
+    computes_the_same = worst <= TOLERANCE and same == count
+    verdict = {"equal": computes_the_same and not different and same_end, "relative_error": worst}
+    verdict |= {"greedy_tokens": count, "same_greedy_tokens": same, "same_end": same_end}
+    verdict |= {"same_vocabulary": None if different is None else not different, "different_text": different or None}
     where, error = None, 0.0
-    if not verdict["equal"]:
+    if not computes_the_same:
         idx = inputs(model.config, tokenizer)["a paragraph"]
         where, error = first_difference(activations(model, idx), activations(reference, idx), model.config.n_layer)
     return rows, verdict | {"first_difference": where, "error_there": error}
@@ -177,14 +215,15 @@ def diagnose(model, tokenizer, new_tokens):
 
 
 def load(args):
-    """The model to verify -> model, tokenizer, and the folder of published files to compare with, or None."""
+    """The model to verify -> model, tokenizer, special tokens, and the folder of published files, or None."""
     if args.random:
         require(args.model in gpt.PRESETS, f"--random takes a preset: {', '.join(gpt.PRESETS)}")
-        return randomize(GPT(GPTConfig.preset(args.model))), Tokenizer.bytes(), None
-    folder = args.reference or read_config(args.model).get("source", {}).get("folder")
+        return randomize(GPT(GPTConfig.preset(args.model))), Tokenizer.bytes(), {}, None
+    described = read_config(args.model)
+    folder = args.reference or described.get("source", {}).get("folder")
     there = folder is None or args.diagnose or Path(folder, "config.json").is_file()
     require(there, f"there are no published files in {folder}: name their folder with --reference")
-    return *load_checkpoint(args.model), folder
+    return *load_checkpoint(args.model), described.get("special_tokens", {}), folder
 
 
 @gpt.command
@@ -203,14 +242,14 @@ def main(argv=None):
     require(1 <= args.new_tokens <= 2**31, f"--new_tokens is {args.new_tokens}, expected 1 to 2**31")
     alone = not (args.reference and (args.random or args.diagnose))
     require(alone, "--reference goes with neither --random nor --diagnose")
-    model, tokenizer, folder = load(args)
+    model, tokenizer, special, folder = load(args)
     require(model.config.block_size > 1, "a context of one token leaves nothing to compare")
     if args.diagnose:
         log("each mistake is compared with the same model without it")
         return show(diagnose(model, tokenizer, args.new_tokens), args.json)
     log(f"reference: transformers in float64, with {folder or 'our weights as exported by extras.export'}")
-    reference = load_reference(model, tokenizer, folder)
-    rows, verdict = verify(model, reference, tokenizer, folder, args.new_tokens)
+    reference, ends = load_reference(model, tokenizer, special, folder)
+    rows, verdict = verify(model, reference, ends, tokenizer, special, folder, args.new_tokens)
     show(rows, args.json)
     show([verdict], args.json)
     sys.exit(0 if verdict["equal"] else 1)

@@ -13,7 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import gpt
-from convert_gpt2 import SAME, SHAPE, TRANSPOSED, characters
+from extras.checkpoints import read_config
+from extras.published import SAME, SHAPE, TRANSPOSED, characters
 from gpt import EOT, InputError, command, load_checkpoint, log, replacing, require
 
 GGUF_NAMES = {
@@ -36,10 +37,18 @@ def spell(token):
     return "".join(CHARACTER[byte] for byte in token)
 
 
-def vocabulary(tokenizer):
-    """Tokenizer -> {token as vocab.json spells it: its id}, in the order of the ids, with the end of text."""
-    tokens = {spell(token): i for token, i in tokenizer.ranks.items()}
-    return dict(sorted((tokens | {EOT: tokenizer.eot}).items(), key=lambda item: item[1]))
+def special_tokens(tokenizer, named=None):
+    """{name: id} of the tokens that no text gives, the end of text first; `named` is from the config.json."""
+    named = {name: i for name, i in (named or {}).items() if tokenizer.ranks.get(name.encode(), tokenizer.eot) == i}
+    end = [name for name, i in named.items() if i == tokenizer.eot]
+    free = EOT if EOT.encode() not in tokenizer.ranks else "<|end|>"
+    return {end[0] if end else free: tokenizer.eot} | named
+
+
+def vocabulary(tokenizer, special):
+    """-> {token as vocab.json spells it: its id}, in the order of the ids, with the special tokens."""
+    tokens = {spell(token): i for token, i in tokenizer.ranks.items() if i not in special.values()}
+    return dict(sorted((tokens | special).items(), key=lambda item: item[1]))
 
 
 def merges(tokenizer):
@@ -53,14 +62,14 @@ def merges(tokenizer):
     return [(spell(left), spell(right)) for left, right in splits if left in ranks and right in ranks]
 
 
-def tokenizer_json(vocab, rules, eot):
+def tokenizer_json(vocab, rules, special):
     """What the library `tokenizers` needs to know."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": eot, "content": EOT, "special": True}
-    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": i, "content": name} | options for name, i in special.items()]
     return {
         "version": "1.0",
-        "added_tokens": [end],
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
@@ -77,8 +86,8 @@ def config_json(config, eot):
     return described | {"bos_token_id": eot, "eos_token_id": eot}
 
 
-def to_hf(model, tokenizer, out):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code."""
+def to_hf(model, tokenizer, out, named=None):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code; `named` special tokens."""
     weights = {}
     for name, p in model.named_parameters():
         weights[name] = (p.T if name.endswith(TRANSPOSED) else p).detach().contiguous()
@@ -86,17 +95,19 @@ def to_hf(model, tokenizer, out):
         save_file(weights, part, {"format": "pt"})
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (out / name).unlink(missing_ok=True)  # of the model that is overwritten
-    vocab, rules = vocabulary(tokenizer), merges(tokenizer)
+    special = special_tokens(tokenizer, named)
+    end = next(iter(special))
+    vocab, rules = vocabulary(tokenizer, special), merges(tokenizer)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
     files = {
         "config.json": config_json(model.config, tokenizer.eot),
         "generation_config.json": ends | {"max_length": model.config.block_size},  # a pipeline's default is 256 more
-        "tokenizer.json": tokenizer_json(vocab, rules, tokenizer.eot),
+        "tokenizer.json": tokenizer_json(vocab, rules, special),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.block_size,
-            "bos_token": EOT,
-            "eos_token": EOT,
+            "bos_token": end,
+            "eos_token": end,
             "clean_up_tokenization_spaces": False,
         },
         "vocab.json": vocab,
@@ -108,7 +119,7 @@ def to_hf(model, tokenizer, out):
             part.write_text(text, encoding="utf-8")
 
 
-def to_gguf(model, tokenizer, out, dtype):
+def to_gguf(model, tokenizer, out, dtype, named=None):
     """Write a file for llama.cpp: matrices in `dtype`, but vectors and positions in float32, which costs little."""
     try:
         import gguf
@@ -116,9 +127,9 @@ def to_gguf(model, tokenizer, out, dtype):
         raise InputError("writing GGUF needs the package gguf: pip install gguf") from error
     config = model.config
     kinds = gguf.GGMLQuantizationType
-    tokens = list(vocabulary(tokenizer))
-    types = [gguf.TokenType.NORMAL] * len(tokens)
-    types[tokenizer.eot] = gguf.TokenType.CONTROL
+    special = special_tokens(tokenizer, named)
+    tokens = list(vocabulary(tokenizer, special))
+    types = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
     for i in range(tokenizer.vocab_size, config.vocab_size):  # rows that no token has
         tokens.append(f"[PAD{i}]")
         types.append(gguf.TokenType.UNUSED)
@@ -176,11 +187,12 @@ def main(argv=None):
     exists = any(out.iterdir()) if out.is_dir() else out.exists()
     require(args.overwrite or not exists, f"{out} already exists: add --overwrite, or choose another --out")
     model, tokenizer = load_checkpoint(args.model)
+    named = read_config(args.model).get("special_tokens")
     if to_folder:
-        to_hf(model, tokenizer, out)
+        to_hf(model, tokenizer, out, named)
         use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
     else:
-        to_gguf(model, tokenizer, out, args.dtype)
+        to_gguf(model, tokenizer, out, args.dtype, named)
         use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")

@@ -4,15 +4,17 @@ B (out, rank) and A (rank, in) are small, so there is little to train, to save a
 adapted model starts as the base, bit for bit. Adapters are read and written in the format of Hugging Face PEFT.
 """
 
+import io
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 import gpt
@@ -39,8 +41,11 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.scaling * update
 
 
-def adapt(model, targets=("attn.c_attn",), rank=8, alpha=16, dropout=0.0):
-    """Freeze the model and put LoRA on the named projections of every block. Raises InputError."""
+def adapt(model, targets=("attn.c_attn",), rank=8, alpha=16, dropout=0.0, only=None):
+    """Freeze the model and put LoRA on the named projections of every block, or on `only` the layers of these names.
+
+    Raises InputError.
+    """
     choices = ", ".join(TARGETS)
     for target in targets:
         tied = "; the head is tied, so merging into it would change the embedding too" if target == "lm_head" else ""
@@ -49,11 +54,12 @@ def adapt(model, targets=("attn.c_attn",), rank=8, alpha=16, dropout=0.0):
     smallest = model.config.n_embd
     require(1 <= rank <= smallest, f"rank is {rank}, expected 1 to {smallest}, the smaller side of the matrices")
     model.requires_grad_(False)
-    for block in model.transformer.h:
+    for i, block in enumerate(model.transformer.h):
         for target in targets:
-            module, name = target.split(".")
-            parent = block.get_submodule(module)
-            setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
+            if only is None or f"transformer.h.{i}.{target}" in only:
+                module, name = target.split(".")
+                parent = block.get_submodule(module)
+                setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
     return model
 
 
@@ -105,14 +111,47 @@ def exporter(folder, base, overwrite):
     return export_weights
 
 
+PLAIN = {  # the only values with which an adapter is LoRA as it is here; settings named nowhere must be empty or false
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),  # the others change the base
+}
+NO_EFFECT = {  # the tensors tell, or only training and other settings ask for them
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size"),
+}
+
+
 def check_plain(config):
-    """Raise InputError if an adapter_config.json asks for more than LoRA as it is here."""
-    plain = {"peft_type": "LORA", "bias": "none", "lora_bias": False, "use_rslora": False, "use_dora": False}
-    plain |= {"modules_to_save": None, "alpha_pattern": {}, "rank_pattern": {}}
-    odd = [key for key, value in plain.items() if config.get(key, value) != value and (config[key] or value)]
-    if config.get("init_lora_weights") not in (True, False, "gaussian", "orthogonal", None):  # others change the base
-        odd.append("init_lora_weights")
-    require(not odd, f"it is not plain LoRA: {', '.join(f'{key} is {config[key]!r}' for key in odd)}")
+    """Raise InputError if an adapter_config.json has a setting that changes what is computed, known here or not."""
+    odd = []
+    for key, value in config.items():
+        plain = value in PLAIN[key] if key in PLAIN else not value or key in NO_EFFECT
+        if not plain:
+            odd.append(f"{key} is {value!r}")
+    require(not odd, f"it is not plain LoRA: {', '.join(odd)}")
+
+
+def read_file(path):
+    """The bytes of a file. Raises InputError for what git leaves in its place without git-lfs."""
+    content = Path(path).read_bytes()
+    pointer = content.startswith(b"version https://git-lfs")
+    require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {Path(path).parent}")
+    return content
+
+
+def read_adapter(folder):
+    """adapter_config.json, and the tensors of adapter_model.safetensors or .bin -> dict, {name: tensor}."""
+    config = json.loads(read_file(folder / CONFIG))
+    check_plain(config)
+    pickled = folder / "adapter_model.bin"
+    if (folder / WEIGHTS).exists() or not pickled.exists():
+        return config, load(read_file(folder / WEIGHTS))
+    try:
+        return config, torch.load(io.BytesIO(read_file(pickled)), "cpu", weights_only=True)  # runs no code
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"{pickled.name} holds other things than tensors, or is damaged") from error
 
 
 def load_adapter(model, folder, base=None):
@@ -122,18 +161,17 @@ def load_adapter(model, folder, base=None):
     """
     require(Path(folder, CONFIG).exists(), f"there is no adapter in {folder}: it has no {CONFIG}")
     try:
-        config = json.loads(gpt.read_text(Path(folder, CONFIG)))
-        check_plain(config)
-        tensors = {}
-        for name, tensor in load_file(Path(folder, WEIGHTS)).items():
-            tensors[name.removeprefix(PREFIX).removesuffix(".weight")] = tensor
-        targets = {re.sub(r"^transformer\.h\.\d+\.|\.lora_[AB]$", "", name) for name in tensors}
-        adapt(model, sorted(targets), config["r"], config["lora_alpha"])
+        config, found = read_adapter(Path(folder))
+        tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in found.items()}
+        layers = {re.sub(r"\.lora_[AB]$", "", name) for name in tensors}
+        targets = {re.sub(r"^transformer\.h\.\d+\.", "", name) for name in layers}
+        adapt(model, sorted(targets), config["r"], config["lora_alpha"], only=layers)
         parameters = {name: p for name, p in model.named_parameters() if "lora_" in name}
         for name in sorted(parameters.keys() | tensors.keys()):
             fits = name in parameters and name in tensors and parameters[name].shape == tensors[name].shape
             require(fits, f"{name} does not fit the model and the rank of {config['r']}")
-    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError,
+            RecursionError) as error:  # fmt: skip
         raise InputError(f"{folder} is not a readable adapter: {error}") from error
     made_for = config.get("base_model_name_or_path")
     if base and made_for and Path(made_for).name != Path(base).name:

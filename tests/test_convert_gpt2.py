@@ -144,7 +144,8 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "its model_type is 'llama', and ours is 'gpt2'": {"model_type": "llama"},
     "its quantization_config is": {"quantization_config": {"bits": 4}},
     "its auto_map is": {"auto_map": {"AutoModel": "model.Model"}},
-    "n_layer, n_embd must be a whole number": {"n_embd": None, "n_layer": "2"},
+    "n_layer is '2', and must be a whole number": {"n_layer": "2"},
+    r"h.0.ln_1.bias is \(16,\), not \(768,\)": {"n_embd": None},  # GPT-2's
     "resid_pdrop is '0.1', not a number": {"resid_pdrop": "0.1"},
     r"wte.weight is \(257, 16\), not \(300, 16\)": {"vocab_size": 300},
     "257 tokens are more than the model's vocab_size": {"vocab_size": 200},
@@ -156,7 +157,7 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "ln_f.bias holds numbers": lambda hf: put(hf, "transformer.ln_f.bias", torch.full((16,), torch.nan)),
     "its head is not tied": lambda hf: put(hf, "lm_head.weight", torch.ones(257, 16)),
     "model.safetensors is damaged": lambda hf: os.truncate(hf / "model.safetensors", 5000),
-    "run `git lfs pull`": lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs"),
+    "h.0.attn.c_attn.bias, not h.0.attn.c_attn.bias; .*: save the model inside": lambda hf: wrap(hf, "module."),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
     "has no config.json": lambda hf: (hf / "config.json").unlink(),
     "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
@@ -167,12 +168,38 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
 }
 
 
+def wrap(folder, prefix):
+    """The names that a model has inside a wrapper, as DataParallel's module. and torch.compile's _orig_mod."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_gpt2_or_damaged_is_refused_by_name_and_no_pickle_runs_code(hf, message):
     spoil = REFUSED[message]
     spoil(hf) if callable(spoil) else edit(hf / "config.json", **spoil)
     refused(message, converted)
     assert not os.path.exists("ours") and not os.path.exists("executed")
+
+
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+FILES += ["merges.txt", "model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pointer_of_git_lfs_is_recognized_in_every_file(hf, name):
+    if name.endswith(".bin"):
+        (hf / "model.safetensors").unlink()
+    (hf / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000\n")
+    refused(f"{name} is a pointer of git-lfs, not the file: run `git lfs pull` in hf", converted)
+
+
+def test_a_missing_size_is_gpt2s_and_other_names_are_understood(capsys):
+    described = {"n_layer": 2, "num_attention_heads": 3, "max_position_embeddings": 90}
+    config = convert_gpt2.read_config(described)
+    assert (config.block_size, config.n_layer, config.n_head) == (90, 2, 3)
+    assert (config.vocab_size, config.n_embd) == (50257, 768)
+    assert "config.json has no n_embd: GPT-2's is 768" in capsys.readouterr().err
 
 
 # ---- Vocabularies ----
@@ -191,7 +218,7 @@ def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     theirs = trained_by_tokenizers(folder, ["<|endoftext|>"])
     edit(folder / "vocab.json", **{"<pad>": 400})  # further special tokens may follow
-    return convert_gpt2.read_tokenizer(folder), theirs
+    return convert_gpt2.read_tokenizer(folder)[0], theirs
 
 
 @given(text=st.text() | st.text(alphabet="the quick fox's 12 \n\t=-é🎉", max_size=200))
@@ -202,31 +229,25 @@ def test_a_vocabulary_that_begins_with_the_end_of_text_gives_the_same_tokens(enc
     assert ours.decode(ours.encode(text)) == text
 
 
-def test_tokenizer_json_alone_is_enough_if_it_splits_text_as_gpt2_does(tmp_path):
-    ours, folder = gpt.Tokenizer.bpe([PROSE], 300), tmp_path / "hf"
-    published(folder, ours)
-    (folder / "vocab.json").unlink()
-    assert convert_gpt2.read_tokenizer(folder).dumps() == ours.dumps()
-    for changed in ({"model": []}, {"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFC"}}):
-        edit(folder / "tokenizer.json", **changed)
-        refused("split in another way|is not GPT-2's", convert_gpt2.read_tokenizer, folder)
-
-
 def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary):
     """tiktoken's cache has encoder.json and vocab.bpe as published by OpenAI: vocab.json and merges.txt on the hub."""
     cached = [path.read_bytes() for path in Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")).glob("*")]
     for content in cached or pytest.skip("tiktoken keeps no copy here"):
         (tmp_path / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
-    ours = convert_gpt2.read_tokenizer(tmp_path)
+    ours, _ = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.ranks == gpt2_vocabulary.ranks and ours.eot == gpt2_vocabulary.eot == 50256
 
 
 @pytest.mark.parametrize("specials", [["<s>", "<pad>", "</s>"], [], ["<pad>"]], ids=str)
-def test_a_vocabulary_with_more_or_less_than_one_end_of_text_in_front_is_refused(tmp_path, specials):
+def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path, specials):
     trained_by_tokenizers(tmp_path, specials)
-    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
-    if len(specials) == 1:  # but the config may give it another name
-        assert convert_gpt2.read_tokenizer(tmp_path, ends=[0]).eot == 0
+    refused("the vocabulary has no <|endoftext|>", convert_gpt2.read_tokenizer, tmp_path)
+    if specials:  # but it may have another name
+        named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials[-1])
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        tokenizer, special = convert_gpt2.read_tokenizer(tmp_path, end=len(specials) - 1)
+        assert special == {specials[-1]: len(specials) - 1} and tokenizer.eot == len(specials) - 1
+        assert tokenizer.decode(range(tokenizer.eot)) == "".join(specials[:-1]), "the others are decoded as their names"
 
 
 VOCABULARY_DAMAGE = [{"A": None}, {"A": 1}, {"A": [7]}, {"A": 34.0}, {"<|endoftext|>": 400}, "reversed", "日 本\n"]
@@ -281,7 +302,7 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkey
 
 # ---- The download, from a server that answers as huggingface.co does, and makes trouble ----
 LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a download
-SMALL = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+SMALL = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 class Hub(ThreadingHTTPServer):

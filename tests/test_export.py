@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import convert_gpt2
 import gpt
-from extras import export
+from extras import export, published
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -112,6 +112,23 @@ def test_there_and_back_is_bit_exact(kind):
     assert all(ours[key] == back[key] for key in ("model", "tokenizer", "eot", "special_tokens"))
 
 
+def test_an_end_of_text_of_its_own_comes_back_too():
+    """GPT-2's end of text is then a token that no text gives, and the end has another id and name."""
+    ranks = TOKENIZERS["bpe"].ranks
+    tokenizer = gpt.Tokenizer(ranks | {gpt.EOT.encode(): len(ranks)}, "bpe", len(ranks) + 1)
+    model = checkpoint(tokenizer)
+    special = {"<|end|>": tokenizer.eot, gpt.EOT: len(ranks)}
+    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, special_tokens=special)
+    to_hf()
+    theirs = transformers.AutoTokenizer.from_pretrained("theirs")
+    assert theirs.eos_token == "<|end|>" and theirs("<|end|><|endoftext|>")["input_ids"] == [*special.values()]
+    convert_gpt2.main(["theirs", "--out", "back"])
+    assert gpt.load_checkpoint("back")[1].dumps() == tokenizer.dumps()
+    assert json.loads(Path("back/config.json").read_text())["special_tokens"] == special
+    fields, _ = to_gguf()
+    assert [fields["tokenizer.ggml.tokens"][i] for i in special.values()] == [*special]
+
+
 def llama_name(name):
     """What llama.cpp calls one of our parameters, written down independently of extras.export."""
     table = "transformer.h=blk transformer.wte=token_embd transformer.wpe=position_embd transformer.ln_f=output_norm "
@@ -144,7 +161,7 @@ def test_gguf_holds_the_shape_and_the_vocabulary():
     shape |= {"attention.head_count": 4, "attention.layer_norm_epsilon": pytest.approx(1e-5)}
     assert {key: fields[f"gpt2.{key}"] for key in shape} == shape and fields["general.architecture"] == "gpt2"
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    byte_of = {character: byte for byte, character in convert_gpt2.characters().items()}
+    byte_of = {character: byte for byte, character in published.characters().items()}
     for token, i in tokenizer.ranks.items():
         assert bytes(byte_of[c] for c in tokens[i]) == token
     assert len(tokens) == len(kinds) == model.config.vocab_size and tokens[tokenizer.eot] == "<|endoftext|>"

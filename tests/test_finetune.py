@@ -94,7 +94,7 @@ def test_lora_begins_as_the_base_bit_for_bit(base):
 
 
 @torch.no_grad()
-def test_adapters_are_exchanged_with_peft(base):
+def test_peft_reads_our_adapters(base):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     export.main(["scratch", "--format", "hf", "--out", "hf"])
     lora.adapt(base, ["attn.c_attn", "mlp.c_proj"], rank=3, alpha=12).eval()
@@ -105,12 +105,6 @@ def test_adapters_are_exchanged_with_peft(base):
     theirs = transformers.AutoModelForCausalLM.from_pretrained("hf")
     theirs = peft.PeftModel.from_pretrained(theirs, "ours").eval().double()
     assert relative_error(base(IDX)[0], theirs(IDX).logits) < 1e-5
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("hf")
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**settings, init_lora_weights=False)).eval()
-    theirs.save_pretrained("theirs")
-    ours = lora.load_adapter(gpt.load_checkpoint("scratch")[0], "theirs")
-    assert relative_error(ours(IDX)[0], theirs.double()(IDX).logits) < 1e-5
 
 
 def test_sampling_with_the_adapter_is_sampling_from_the_merged_checkpoint(base, capsys):
@@ -133,24 +127,6 @@ def test_patience_ends_training_and_adapter_and_merged_model_are_those_of_the_be
     assert 0 < best["step"] == run["step"] - 2 < 38
     ours = lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
     assert relative_error(ours(IDX)[0], gpt.load_checkpoint("tuned")[0](IDX)[0]) < 1e-5
-
-
-UNFIT = {
-    "another kind": ({"use_dora": True}, "it is not plain LoRA: use_dora is True"),
-    "another base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    "another rank": ({"r": 3}, "does not fit the model and the rank of 3"),
-}
-
-
-@pytest.mark.parametrize("case", UNFIT)
-def test_an_adapter_that_does_not_fit_is_refused(base, case):
-    keys, message = UNFIT[case]
-    lora.save_adapter(lora.adapt(base), "adapter", "scratch")
-    lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
-    path = Path("adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    with pytest.raises(gpt.InputError, match=message):
-        lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
 
 
 # ---- The run ----

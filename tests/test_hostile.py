@@ -54,10 +54,12 @@ def use_published(folder):
     convert_gpt2.main.__wrapped__([str(folder), "--out", "converted"])
 
 
+PUBLISHED = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"]
+PUBLISHED += ["tokenizer_config.json", "model.safetensors"]
 USES = {
     use_model: ["model/config.json", "model/model.safetensors", "model/tokenizer.tiktoken"],
     use_adapter: ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
-    use_published: ["hf/config.json", "hf/vocab.json", "hf/merges.txt", "hf/model.safetensors"],
+    use_published: [f"hf/{name}" for name in PUBLISHED],
 }
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,42 @@ def test_a_different_vocabulary_is_a_difference(both, capsys):
     verify("ours", expect=1)
     verdict = rows_of(capsys)[-1]
     assert verdict["same_vocabulary"] is False and verdict["relative_error"] < 1e-5
+
+
+def edit(name, **changes):
+    described = json.loads(Path("hf", name).read_text()) | changes
+    Path("hf", name).write_text(json.dumps(described))
+
+
+FRONT = [{"SpecialToken": {"id": gpt.EOT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+TEMPLATE = {"type": "TemplateProcessing", "single": FRONT, "pair": FRONT}
+TEMPLATE |= {"special_tokens": {gpt.EOT: {"id": gpt.EOT, "ids": [256], "tokens": [gpt.EOT]}}}
+TOKENS = [  # a change of the published files since, and what the verdict says of it
+    ("same_vocabulary", "<|user|>", "tokenizer_config.json", {"extra_special_tokens": ["<|user|>"]}),
+    ("same_vocabulary", "!", "tokenizer_config.json", {"pad_token": "!!"}),
+    ("same_vocabulary", "The lighthouse", "tokenizer.json", {"post_processor": TEMPLATE}),
+    ("same_end", "", "generation_config.json", {"eos_token_id": [256, 7]}),
+    ("same_end", "", "generation_config.json", {"eos_token_id": None}),
+]
+
+
+@pytest.mark.parametrize(("figure", "text", "file", "change"), TOKENS)
+def test_other_ids_or_another_end_of_text_are_a_difference(both, capsys, figure, text, file, change):
+    edit(file, **change)
+    verify("ours", expect=1)
+    verdict = rows_of(capsys)[-1]
+    assert not verdict["equal"] and {key for key in ("same_vocabulary", "same_end") if not verdict[key]} == {figure}
+    assert verdict["first_difference"] is None and text in (verdict["different_text"] or "")
+
+
+FORMS = [{"reorder_and_upcast_attn": True}, {"return_dict": False}, {"output_attentions": True}, {"use_cache": False}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_another_precision_or_form_of_the_same_computation_is_equal(both, capsys, form):
+    edit("config.json", **form)
+    verify("ours")
+    assert rows_of(capsys)[-1]["equal"]
 
 
 def test_without_the_published_files_nothing_is_called_proven(both, capsys):

@@ -1,0 +1,212 @@
+"""Whatever a published folder says: the same ids and greedy text as transformers', or an error with the reason."""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROSE, published
+
+import convert_gpt2
+import gpt
+from debug import verify_gpt2
+
+transformers = pytest.importorskip("transformers")
+
+EOT, OURS = gpt.EOT, gpt.Tokenizer.bpe([PROSE], 300)
+END, PAD = OURS.eot, OURS.eot + 1
+FULL, OPTIONS, MAP, ADDED = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A model whose greedy text soon comes to the end of text, or to the token after it, but not always."""
+    folder = tmp_path_factory.mktemp("origin")
+    model = published(folder, OURS, seed=1, vocab_size=END + 4)
+    with torch.no_grad():
+        rows = model.transformer.wte.weight
+        model.transformer.ln_f.bias += 9 * (rows[END] + rows[END + 1])
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hf(origin, own_folder):
+    return Path(shutil.copytree(origin, "hf"))
+
+
+def read(name):
+    return json.loads(Path("hf", name).read_text()) if Path("hf", name).exists() else {}
+
+
+def edit(files):
+    """{file: {key: value}} -> changes in these files; a value of ... removes the key."""
+    for name, changes in files.items():
+        described = read(name) | changes
+        Path("hf", name).write_text(json.dumps({key: value for key, value in described.items() if value is not ...}))
+
+
+def inside(key, **changes):
+    """Changes of one part of tokenizer.json."""
+    edit({FULL: {key: read(FULL)[key] | changes}})
+
+
+def saved(*words, **special):
+    """As transformers saves a tokenizer to which these were added."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("hf")
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(list(words))
+    tokenizer.save_pretrained("hf")
+
+
+def remove(*names):
+    for name in names:
+        Path("hf", name).unlink()
+
+
+def rename(name):
+    """Another name for the end of text, everywhere."""
+    for path in Path("hf").glob("*.json"):
+        path.write_text(path.read_text().replace(EOT, name))
+
+
+def template(*single):
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    single = [{"SpecialToken": {"id": part, "type_id": 0}} if part else text for part in single]
+    special = {EOT: {"id": EOT, "ids": [END], "tokens": [EOT]}}
+    described = {"type": "TemplateProcessing", "single": single, "pair": [text], "special_tokens": special}
+    return {FULL: {"post_processor": described}}
+
+
+def ends_at(*ids):
+    end = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
+    return {CONFIG: end, GENERATION: end}
+
+
+def token(content=EOT, **options):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    return flags | {"content": content} | options
+
+
+def stale_vocabulary():
+    vocab = read("vocab.json")
+    edit({"vocab.json": {"he": vocab["as"], "as": vocab["he"]}})
+
+
+def fewer_merges():
+    path = Path("hf/merges.txt")
+    path.write_text("\n".join(path.read_text().splitlines()[:-20]) + "\n")
+
+
+CUT = {"direction": "Right", "max_length": 3, "stride": 0, "strategy": "LongestFirst"}
+ROBERTA = {"type": "RobertaProcessing", "sep": [EOT, END], "cls": [EOT, END]}
+ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
+SAME = {  # settings that give the same ids and text
+    "GPT2Tokenizer": {OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}},
+    "no tokenizer.json": lambda: [remove(FULL), edit({OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}})],
+    "no vocab.json": lambda: remove("vocab.json", "merges.txt"),
+    "saved again": saved,
+    "padding": lambda: saved(pad_token="<pad>"),
+    "padding in old files": {MAP: {"pad_token": "[PAD]"}, ADDED: {"[PAD]": PAD}},
+    "a filled vocabulary": lambda: saved("<|reserved_0|>", "[unused1]"),
+    "padding is the end": {MAP: {"pad_token": EOT}},
+    "an end of its own": lambda: [saved(eos_token="<|end|>"), edit(ends_at(END + 1))],
+    "the end renamed": lambda: rename("</s>"),
+    "its end in a list": ends_at(END, END),
+    "generation_config.json goes first": {CONFIG: {"eos_token_id": 7}},
+    "a template of the text alone": template(None),
+    "merges at every word": lambda: inside("model", ignore_merges=False),
+    "truncation": {FULL: {"truncation": CUT}},
+    "higher precision": {CONFIG: {"reorder_and_upcast_attn": True}},
+    "another name for n_head": {CONFIG: {"n_head": ..., "num_attention_heads": 2}},
+}
+REFUSED = {  # the reason -> a setting that gives others
+    "special_tokens_map.json (pad_token)": {MAP: {"pad_token": "!"}},
+    "special_tokens_map.json (sep_token)": {MAP: {"sep_token": "<sep>"}},
+    "tokenizer_config.json (bos_token)": {OPTIONS: {"bos_token": "<s>"}},
+    "tokenizer_config.json (image_token)": {OPTIONS: {"image_token": "<image>"}},
+    "tokenizer_config.json (additional_special_tokens)": {OPTIONS: {"additional_special_tokens": [token("<|user|>")]}},
+    "tokenizer.json (added_tokens), tokenizer_config.json (extra": lambda: saved(extra_special_tokens=["<|user|>"]),
+    "tokenizer_config.json (added_tokens_decoder)": {OPTIONS: {"added_tokens_decoder": {END + 1: token("there")}}},
+    "added_tokens.json (added_tokens)": {ADDED: {"jumps": END + 1}},
+    "a text with 'hello'": lambda: saved("hello"),
+    "a text with 'STOP'": lambda: rename("STOP"),
+    f"two files disagree: {EOT} is id {END}, and 5": {ADDED: {EOT: 5}},
+    "has the option lstrip": {FULL: {"added_tokens": [token(id=END, lstrip=True)]}},
+    "eos_token_id is None": ends_at(None),
+    f"eos_token_id is [{END}, 7]": ends_at(END, 7),
+    "ends at id 104, which is 'h'": ends_at(104),
+    "ends at id 50256, which no token has": lambda: [remove(GENERATION), edit({CONFIG: {"eos_token_id": ...}})],
+    "its post_processor adds tokens": template(EOT, None),
+    "its post_processor adds tokens: {'type': 'Roberta": {FULL: {"post_processor": ROBERTA}},
+    "add_bos_token is True": {OPTIONS: {"add_bos_token": True}},
+    "add_prefix_space is True": {OPTIONS: {"add_prefix_space": True}},
+    "split_special_tokens is True": {OPTIONS: {"split_special_tokens": True}},
+    "its tokenizer_class is Qwen2Tokenizer": {OPTIONS: {"tokenizer_class": "Qwen2Tokenizer"}},
+    "tokenizer_class is OPTTokenizer": {
+        OPTIONS: {"tokenizer_class": ...},
+        CONFIG: {"tokenizer_class": "OPTTokenizer"},
+    },
+    "its pre_tokenizer is": lambda: inside("pre_tokenizer", add_prefix_space=True),
+    "its pre_tokenizer is {'type': 'Whitespace'": {FULL: {"pre_tokenizer": {"type": "Whitespace"}}},
+    "its normalizer is": {FULL: {"normalizer": {"type": "Lowercase"}}},
+    "its decoder is": {FULL: {"decoder": {"type": "Fuse"}}},
+    "its dropout is 0.5": lambda: inside("model", dropout=0.5),
+    "disagrees with vocab.json": stale_vocabulary,
+    "disagrees with vocab.json and merges.txt": fewer_merges,
+    "its prefix is 'So,'": {CONFIG: {"prefix": "So,"}},
+}
+SETTINGS = SAME | REFUSED
+
+
+def apply(setting):
+    change = SETTINGS[setting]
+    change() if callable(change) else edit(change)
+
+
+@torch.no_grad()
+def assert_same():
+    """verify_gpt2 compares the ids, and greedy text ends where transformers' does; which rows ended?"""
+    model, tokenizer = gpt.load_checkpoint("ours")
+    special = json.loads(Path("ours/config.json").read_text())["special_tokens"]
+    assert verify_gpt2.different_text(tokenizer, special, "hf") == ""
+    idx = torch.arange(97, 121).view(8, 3)
+    options = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 10, "do_sample": False}
+    reference = transformers.GPT2LMHeadModel.from_pretrained("hf")
+    exact = reference.generate(idx, **options, pad_token_id=tokenizer.eot)
+    assert torch.equal(model.generate(idx, 10, temperature=0, eot=tokenizer.eot), exact)
+    return (exact == tokenizer.eot).any(dim=1)
+
+
+@pytest.mark.parametrize("setting", SAME)
+def test_a_setting_that_changes_no_id_is_accepted(hf, setting):
+    apply(setting)
+    convert_gpt2.convert("hf", "ours")
+    ended = assert_same()
+    assert ended.any() and not ended.all(), "some texts end, and some do not"
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_setting_that_changes_ids_or_the_end_is_refused_by_name(hf, setting):
+    apply(setting)
+    with pytest.raises(gpt.InputError, match=re.escape(setting)):
+        convert_gpt2.convert("hf", "ours")
+    assert not Path("ours").exists()
+
+
+PAIRS = [(first, second) for i, first in enumerate(SETTINGS) for second in [*SETTINGS][i + 1 :]]
+MARKED = [pytest.param(*pair, marks=[] if i % 53 == 0 else pytest.mark.slow) for i, pair in enumerate(PAIRS)]
+
+
+@pytest.mark.parametrize(("first", "second"), MARKED)
+def test_two_settings_are_refused_or_change_nothing(hf, first, second):
+    for setting in (first, second):
+        with contextlib.suppress(Exception):  # one may have removed the other's file, or be wrong for transformers
+            apply(setting)
+    with contextlib.suppress(gpt.InputError):
+        convert_gpt2.convert("hf", "ours")
+        assert_same()
