@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 from bench import __main__ as bench
-from bench import peers, scaling
+from bench import scaling
 from gpt import GPT, GPTConfig
 
 SHAPES = [
@@ -113,7 +113,9 @@ def test_quality_is_reached_or_an_error(prose, monkeypatch):
         bench.quality("gpt.py", "")(1)
 
 
-def test_the_share_of_a_gpus_peak_is_that_of_its_data_sheet(monkeypatch):
+def test_rates_are_those_of_the_closed_forms_and_the_share_of_a_gpus_peak_that_of_its_data_sheet(monkeypatch):
+    found = scaling.closed_forms("block_size, 256", 0.5)
+    assert found["gflops"] == scaling.flops(GPTConfig(256, 1024, 4, 4, 128), 16, 256) / 0.5 / 1e9
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     found = scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")
     assert found["per_second"] == 16 * 1024 / 0.5
@@ -122,11 +124,10 @@ def test_the_share_of_a_gpus_peak_is_that_of_its_data_sheet(monkeypatch):
     assert scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")["share_of_peak"] is None
 
 
-def test_the_copy_of_nanogpt_learns():
-    config = GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=2, n_embd=16)
-    data = gpt.TokenDataset(torch.arange(600).remainder(60).numpy(), 8)
-    losses = list(map(peers.train_nanogpt(config, data, 16), range(150)))
-    assert losses[0] == pytest.approx(4.1, abs=0.2) and losses[-1] < 3
+@pytest.mark.parametrize("program", ["gpt.py", "transformers"])
+def test_a_step_generates_as_many_tokens_as_the_rate_assumes(program, tiny):
+    step = bench.generate(program, "float32", 3, prompt=16, new=10)
+    assert step(1).shape == (3, 26) and step(0).shape == (3, 24)
 
 
 def test_a_checkout_of_nanogpt_takes_the_place_of_the_copy(own_folder):
@@ -180,14 +181,6 @@ def test_the_picture_shows_every_workload_whose_library_is_there(commands, monke
     assert all(f">{workload}<" in drawn for workload in (*bench.GENERATE[1:], *bench.WORKERS))
     assert "transformers" not in drawn
     assert ["torch.distributed.run" in command for command in commands[-3:]] == [False, False, True]
-
-
-def test_a_sweep_shows_the_figures_of_the_closed_forms(commands, capsys):
-    bench.main(["scaling", "--rounds", "1", "--json"])
-    row = next(row for row in rows_of(capsys) if row["name"] == "block_size, 256")
-    assert row["gflops"] == pytest.approx(
-        scaling.flops(GPTConfig(256, 1024, 4, 4, 128), 16, 256) / row["seconds"] / 1e9
-    )
 
 
 BAD = ["x", "gpu", "--picture bench.txt", "profile --only x", "--nanogpt x", "generate --only 'llama.cpp, q8_0'"]

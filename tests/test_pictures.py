@@ -93,12 +93,6 @@ def test_the_tied_head_multiplies_with_the_rows_of_the_embedding(drawn):
     assert words == expected
 
 
-def test_the_parameters_of_gpt2_add_up(drawn):
-    counts = [int(word.replace(",", "")) for word in words_of(drawn["gpt2"]) if regex.fullmatch(r"[\d,]{3,}", word)]
-    wte, wpe, *block, blocks, ln_f, total = counts
-    assert total == 124_439_808 == wte + wpe + blocks + ln_f and blocks == 12 * sum(block)
-
-
 def test_the_curve_goes_through_the_losses_of_the_log(drawn, module_folder):
     rows = gpt.load_run(module_folder / "run")[0]["rows"]
     path = next(p.get("d") for p in drawn["curve"].iter(f"{SVG}path") if "blue" in p.get("class"))
