@@ -39,83 +39,57 @@ def rows_with(val, train, lr=0.001, last_lr=0.001):
     return rows
 
 
-@pytest.mark.parametrize(
-    ("gap", "last_lr", "finding"),
-    [
-        (0.1, 0.001, "still falling"),
-        (0.1, 0.0, "ended by its schedule"),
-        (1.2, 0.001, "memorizing"),
-        (1.2, 0.0, "memorizing"),
-    ],
-)
+LATE = [(0.1, 0.001, "still falling"), (0.1, 0.0, "ended by its schedule"), (1.2, 0.0, "memorizing")]
+
+
+@pytest.mark.parametrize(("gap", "last_lr", "finding"), LATE)
 def test_a_late_fall_is_judged_by_the_gap_and_by_the_learning_rate(gap, last_lr, finding):
     val = [6.0 - 0.2 * i for i in range(12)]
     _, found = curve.read_curve(rows_with(val, [loss - gap for loss in val], last_lr=last_lr))
     assert found == [(finding, 11)]
 
 
-def finding_of(capsys, *flags):
-    """Train for real, at small size -> the first finding, and the best validation loss."""
-    flags = ["--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 32, "--batch_size", 16, *flags]
-    gpt.main([*map(str, flags), "--overwrite", "--out", "checkpoints/run"])
-    capsys.readouterr()
-    run("run", "--json")
-    best, found = rows_of(capsys)[:2]
-    return found["finding"], best["val_loss"]
+SHORT = "--tokenizer bytes --warmup_steps 10 --dropout 0 --max_steps 100 --eval_interval 10"
+FEW = "--data few.txt --vocab_size 300 --n_layer 2 --n_embd 64 --warmup_steps 10 --eval_interval 40 --dropout 0"
+REAL = [  # flags, what is found, what to change, whether it helps
+    (SHORT, "ended by its schedule", "--max_steps 200", True),
+    (f"{SHORT} --min_lr 1", "still falling", "--max_steps 200", True),
+    (f"{FEW} --max_steps 400", "memorizing", "--max_steps 800", False),
+    (f"{FEW} --max_steps 400", "memorizing", "--max_steps 1600 --dropout 0.15", True),
+    (f"{SHORT} --lr 10 --grad_clip 0", "diverged, or too fast at the start", "--lr 0.01 --grad_clip 1", True),
+]
 
 
 @pytest.mark.slow
-def test_the_verdicts_on_real_runs_are_right_and_their_advice_helps(capsys):
-    short = ["--tokenizer", "bytes", "--warmup_steps", 10, "--dropout", 0]
-    finding, loss = finding_of(capsys, *short, "--max_steps", 100, "--eval_interval", 10)
-    assert finding == "ended by its schedule"
-    _, longer = finding_of(capsys, *short, "--max_steps", 200, "--eval_interval", 20)
-    assert longer < loss - 0.05, "a new run with more steps helps"
-    finding, loss = finding_of(capsys, *short, "--max_steps", 100, "--eval_interval", 10, "--min_lr", 1)
-    assert finding == "still falling"
-    gpt.main(["--resume", "--out", "checkpoints/run", "--max_steps", "200"])
-    capsys.readouterr()
-    run("run", "--json")
-    assert rows_of(capsys)[0]["val_loss"] < loss - 0.05, "more steps help"
+@pytest.mark.parametrize(("flags", "expected", "change", "helps"), REAL)
+def test_the_verdicts_on_real_runs_are_right_and_their_advice_helps(flags, expected, change, helps, capsys):
     Path("few.txt").write_text("".join(gpt.load_texts(["pydoc"]))[:20_000], encoding="utf-8")
-    few = ["--data", "few.txt", "--vocab_size", 300, "--eval_interval", 40, "--warmup_steps", 10]
-    few += ["--n_layer", 2, "--n_embd", 64]
-    finding, loss = finding_of(capsys, *few, "--max_steps", 400, "--dropout", 0)
-    assert finding == "memorizing"
-    assert finding_of(capsys, *few, "--max_steps", 800, "--dropout", 0)[1] > loss, "more steps alone don't help"
-    assert finding_of(capsys, *few, "--max_steps", 1600, "--dropout", 0.15)[1] < loss, "with dropout they do"
-    finding, loss = finding_of(capsys, *short, "--max_steps", 60, "--eval_interval", 6, "--lr", 10, "--grad_clip", 0)
-    assert finding in ("diverged", "too fast at the start")
-    _, slower = finding_of(capsys, *short, "--max_steps", 60, "--eval_interval", 6)
-    assert slower < loss, "a smaller learning rate helps"
+    small = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 16 --overwrite --out run"
+    results = []
+    for line in (flags, f"{flags} {change}"):
+        gpt.main(f"{small} {line}".split())
+        capsys.readouterr()
+        run("run", "--json")
+        results.append(rows_of(capsys)[:2])
+    (before, found), (after, _) = results
+    assert found["finding"] in expected
+    assert (after["val_loss"] < before["val_loss"] - 0.05) == helps
 
 
 def test_the_log_of_a_real_run_is_read(mine, capsys):
-    losses = [4.0, 3.0, 2.9, 3.2, 3.5]
-    rows = [
-        {"step": 100 * i, "lr": 0.001, "train_loss": 4 - i, "val_loss": v, "val_bits_per_byte": v / 2}
-        for i, v in enumerate(losses)
-    ]
+    rows = rows_with([4.0, 3.0, 2.9, 3.2, 3.5], [4.0, 3.0, 2.0, 1.0, 0.0])
+    for i, row in enumerate(rows):
+        row |= {"step": 100 * i, "val_bits_per_byte": row["val_loss"] / 2}
     gpt.save_run({"rows": rows}, mine, [], Path("checkpoints/mine"))
     run("mine", "--json")
     best, found = rows_of(capsys)
     assert best["val_loss"] == 2.9 and (found["finding"], found["step"]) == ("overfitting", 200)
-    run("mine")
-    assert "overfitting" in capsys.readouterr().out
 
 
-LOGS = {
-    "nothing": None,
-    "empty": b"",
-    "words": b"step,lr,train_loss,val_loss,val_bits_per_byte\n1,0,x,2,3\n",
-    "bytes": b"\xff\xfe\x00",
-}
-
-
-@pytest.mark.parametrize("case", LOGS)
-def test_an_unreadable_log_is_one_line_and_status_2(mine, case, capsys):
-    if LOGS[case] is not None:
-        Path("checkpoints/mine/log.csv").write_bytes(LOGS[case])
+@pytest.mark.parametrize("log", [None, b"", b"step,lr,train_loss,val_loss,val_bits_per_byte\n1,0,x,2,3\n", b"\xff\xfe"])
+def test_an_unreadable_log_is_one_line_and_status_2(mine, log, capsys):
+    if log is not None:
+        Path("checkpoints/mine/log.csv").write_bytes(log)
     run("mine", expect=2)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "checkpoints/mine/log.csv" in error

@@ -1,17 +1,16 @@
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of
+from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of, run_main, script
 
 import finetune
 import gpt
 import sample
+from debug.activations import relative_error
 from extras import export, lora
 from finetune import METHODS, FinetuneConfig
 
@@ -38,32 +37,16 @@ def tune(flags, out="tuned"):
 
 def refused(capsys, flags, main=finetune.main):
     """The error line of a command that exits with status 2."""
-    with pytest.raises(SystemExit) as end:
-        main(flags.split())
+    run_main(main, *flags.split(), expect=2)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and error.startswith("error: ")
+    assert error.startswith("error: ")
     return error
-
-
-def relative_error(found, exact):
-    return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
 # ---- Trainable parameters ----
 def trainable(model, method, **fields):
     finetune.choose(model, FinetuneConfig(data=["x"], method=method, **fields))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def test_counts_at_gpt2s_size_are_those_of_the_closed_forms():
-    norms, head = 25 * 2 * 768, 50257 * 768
-    expected = {"full": 124_439_808, "last": 2 * (12 * 768**2 + 13 * 768) + 2 * 768}
-    expected |= {"layernorm": norms, "bias": 12 * (3 + 1 + 4 + 1) * 768 + 25 * 768}
-    expected |= {"head": head, "layernorm+head": norms + head, "lora": 12 * 8 * (768 + 3 * 768)}
-    for method, count in expected.items():
-        with torch.device("meta"):
-            parameters = trainable(gpt.GPT(gpt.GPTConfig.preset("gpt2")), method)
-        assert sum(p.numel() for p in parameters.values()) == count, method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,13 +71,6 @@ def test_frozen_blocks_below_the_lowest_trainable_one_keep_no_activations(base):
 
 # ---- LoRA ----
 @torch.no_grad()
-def test_lora_begins_as_the_base_bit_for_bit(base):
-    before = base(IDX)[0]
-    lora.adapt(base, lora.TARGETS, rank=4, alpha=32, dropout=0.5)
-    assert torch.equal(base.eval()(IDX)[0], before)
-
-
-@torch.no_grad()
 def test_peft_reads_our_adapters(base):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     export.main(["scratch", "--format", "hf", "--out", "hf"])
@@ -108,26 +84,16 @@ def test_peft_reads_our_adapters(base):
     assert relative_error(base(IDX)[0], theirs(IDX).logits) < 1e-5
 
 
-def test_sampling_with_the_adapter_is_sampling_from_the_merged_checkpoint(base, capsys):
-    tune("--method lora --save_adapter adapter --lr 0.05")
-    capsys.readouterr()
-    texts = []
-    for model in ("scratch --adapter adapter", "tuned", "scratch"):
-        sample.main(f"--model {model} --prompt the --temperature 0 --max_new_tokens 30 --dtype float32".split())
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2]
-    lora.load_adapter(gpt.load_checkpoint("tuned")[0], "adapter", "tuned")
-    assert "the adapter in adapter was made for checkpoints/scratch, not for tuned" in capsys.readouterr().err
-
-
-def test_patience_ends_training_and_adapter_and_merged_model_are_those_of_the_best_validation(base):
+def test_patience_ends_training_and_adapter_and_merged_model_are_those_of_the_best_validation(base, capsys):
     lora_flags = f"--method lora --save_adapter adapter --targets {' '.join(lora.TARGETS)}"
-    rates = "--lr 1 --grad_clip 0 --warmup_steps 0 --dtype float32"
+    rates = "--lr 1 --grad_clip 0 --warmup_steps 0 --dtype float32 --val_bytes 300"
     tune(f"{lora_flags} {rates} --max_steps 40 --patience 2 --eval_interval 1")
     run, _, best = gpt.load_run("tuned")
     assert 0 < best["step"] == run["step"] - 2 < 38
-    ours = lora.load_adapter(gpt.load_checkpoint("scratch")[0], "adapter")
+    ours, _ = sample.open_model("scratch", adapter="adapter")
     assert relative_error(ours(IDX)[0], gpt.load_checkpoint("tuned")[0](IDX)[0]) < 1e-5
+    lora.load_adapter(gpt.load_checkpoint("tuned")[0], "adapter", "tuned")
+    assert "the adapter in adapter was made for checkpoints/scratch, not for tuned" in capsys.readouterr().err
 
 
 # ---- The run ----
@@ -140,7 +106,8 @@ def test_by_default_the_last_blocks_of_scratch_are_trained_into_a_checkpoint_of_
 
 
 def test_bits_per_byte_are_measured_before_and_after_on_the_new_text_and_on_the_old(base, capsys):
-    tune("--also_eval prose.txt --dtype float32 --val_bytes 300")
+    """That of LoRA begins as the base."""
+    tune("--method lora --lora_dropout 0.5 --also_eval prose.txt --dtype float32 --val_bytes 300")
     title, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert title == ["bits", "per", "byte", "before", "after"]
     for name, *figures in rows:
@@ -167,14 +134,11 @@ def test_a_run_goes_on_with_another_schedule_but_not_with_another_method_text_or
     assert gpt.load_run("tuned")[0]["step"] == 12
     assert "tuned is a run of finetune.py" in refused(capsys, "--resume --out tuned", main=gpt.main)
     before = Path("tuned/model.safetensors").read_bytes()
-    for flag in ("--method full", "--rank 4", "--targets attn.c_proj", "--block_size 8"):
+    for flag in ("--method full", "--rank 4"):
         assert f"--resume can't change {flag[2:].split()[0]}" in refused(capsys, f"--resume --out tuned {flag}")
     gpt.save_checkpoint("another", enlarge(base, seed=5), BYTES)
     assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --model another")
     Path("other.txt").write_text(OTHER[1:])
-    assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --max_steps 16")
-    Path("other.txt").write_text(OTHER)
-    gpt.save_checkpoint("checkpoints/scratch", base, BYTES, overwrite=True)
     assert "the data or the base model changed" in refused(capsys, "--resume --out tuned --max_steps 16")
     assert Path("tuned/model.safetensors").read_bytes() == before
 
@@ -209,7 +173,6 @@ def test_neither_a_checkpoint_nor_an_adapter_is_overwritten_unasked(base, capsys
     tune(f"{flags} adapter")
     assert "tuned already holds a checkpoint: add --overwrite" in refused(capsys, f"{SHORT} --out tuned {flags} new")
     assert "adapter already holds an adapter: add --overwrite" in refused(capsys, f"{SHORT} --out new {flags} adapter")
-    assert "other.txt is not a folder" in refused(capsys, f"{SHORT} --out new {flags} other.txt")
     finetune.main(["--resume", "--out", "tuned", "--max_steps", "2"])  # replaces its own adapter
     assert not Path("new").exists()
 
@@ -218,9 +181,8 @@ def test_neither_a_checkpoint_nor_an_adapter_is_overwritten_unasked(base, capsys
 def test_two_processes_adapt_as_one(base):
     flags = f"{SHORT} --method lora --dropout 0 --dtype float32 --save_adapter adapter".split()
     finetune.main([*flags, "--out", "one"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "finetune.py"), *flags, "--out", "two", "--overwrite"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    torchrun = ["--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
+    done = script("torch.distributed.run", *torchrun, *flags, "--out", "two", "--overwrite")
     assert done.returncode == 0 and done.stdout.count("saved in two") == 1, done.stderr[-2000:]
     one, two = parameters_of("one"), parameters_of("two")
     assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5) for name in one)
@@ -267,14 +229,6 @@ def test_lines_of_json_are_known_by_any_of_their_names(name):
     assert train.examples == [([97, 120, 121, 256], 1)]
 
 
-def test_prompts_and_completions_are_learned_from(base):
-    write_lines("d.jsonl", *({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(60)))
-    tune("--data d.jsonl --also_eval d.jsonl --method full --max_steps 40 --eval_interval 20 --lr 0.01")
-    rows = gpt.load_run("tuned")[0]["rows"]
-    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 1
-    assert 40 * 4 * 3 < rows[-1]["tokens"] < 40 * 4 * 4, "completions of two to four tokens, not padded windows"
-
-
 @pytest.mark.parametrize("line", ['{"prompt": "a"}', '{"text": 7}', '["text"]', "{text}", '{"text": "\\ud800a"}'])
 def test_a_malformed_line_is_named_by_its_number(base, line, capsys):
     Path("d.jsonl").write_text('{"text": "sound"}\n' + line + "\n")
@@ -288,17 +242,12 @@ BAD = {
     "rank without lora": ("--rank 4", "--rank goes with --method lora"),
     "onto the base": ("--out ./checkpoints/../checkpoints/scratch --overwrite", "is the base itself"),
     "no GPT-2": ("--model gpt2", "run python convert_gpt2.py gpt2 first"),
-    "an adapter": ("--model adapter", "python sample.py --model ITS_BASE --adapter adapter"),
-    "Hugging Face's files": ("--model hf", "python convert_gpt2.py hf"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(base, case, capsys):
     flags, message = BAD[case]
-    for name in ("adapter/adapter_config.json", "hf/config.json"):
-        Path(name).parent.mkdir()
-        Path(name).write_text("{}")
     before = Path("checkpoints/scratch/model.safetensors").read_bytes()
     assert message in refused(capsys, SHORT + flags)
     assert list(Path("checkpoints").iterdir()) == [Path("checkpoints/scratch")]

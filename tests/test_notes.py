@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from conftest import CODE, ROOT
+from conftest import ROOT
 
 sys.path.append(str(ROOT / "notes"))
 import drills
@@ -57,16 +57,6 @@ def test_links_and_names_of_files_lead_somewhere(name):
         assert (ROOT / file).exists(), file
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_functions_that_are_explained_exist(name):
-    """The first paragraphs name what the note is about."""
-    opening = NOTES[name].split("\n## ")[0]
-    code = "".join(path.read_text(encoding="utf-8") for path in CODE)
-    names = [word for word in regex.findall(r"`(\w+)`", opening)]
-    for word in names:
-        assert regex.search(rf"^\s*(?:def|class) {word}\b", code, regex.MULTILINE), word
-
-
 def test_the_index_links_to_every_note():
     assert set(regex.findall(r"\]\((\w+\.md)\)", NOTES["README.md"])) == NOTES.keys() - {"README.md"}
 
@@ -103,12 +93,9 @@ def test_the_drills_accept_the_solutions(capsys):
     [
         ("@ v", "@ v[..., :1]", "shape", "(2, 3, 5, 16)"),
         (" / math.sqrt(D)", "", "scale", "by 1.000"),
-        ("math.sqrt(D)", "D", "scale", "by 0.06"),
         ("triu(1)", "triu(0)", "weights", "diagonal"),
         ("triu(1)", "triu(2)", "causality", "future"),
-        ("-math.inf", "0.0", "causality", "future"),
         ("dim=-1", "dim=-2", "weights", "dim=-1"),
-        ("masked_fill(future, -math.inf).softmax(dim=-1)", "softmax(-1).masked_fill(future, 0)", "weights", "mask"),
         ("q @ k.mT", "k @ q.mT", "result", "query"),
         ("dim=-1)", "dim=-1).detach()", "gradient", "detach"),
         ("ids[:, 1:]", "ids[:, :-1]", "weights", "targets"),
@@ -116,18 +103,14 @@ def test_the_drills_accept_the_solutions(capsys):
         ("optimizer.step()", "optimizer.zero_grad(), optimizer.step()", "weights", "throws"),
         ("torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "pass", "weights", "not clipped"),
         ("AdamW", "Adam", "weights", "decay"),
-        ("AdamW", "SGD", "weights", "gradient descent"),
         ("model.train()", "pass", "mode", "train()"),
         ("loss.item()", "loss", "losses", "item()"),
         ("x + self.attn(self.ln_1(x))", "self.attn(self.ln_1(x))", "residual", "x = x +"),
         ("x + self.attn(self.ln_1(x))", "self.ln_1(x + self.attn(x))", "residual", "no LayerNorm"),
-        ("self.attn(self.ln_1(x))", "self.attn(self.ln_1(x).flip(1)).flip(1)", "causality", "future"),
         ("self.attn(", "self.attn.c_proj(", "attention", "view"),
         ("self.ln_2(x)", "self.ln_2(x - self.attn(self.ln_1(x)))", "result", "added"),
-        ("self.mlp(self.ln_2(x))", "self.mlp.c_proj(self.mlp.c_fc(self.ln_2(x)).relu())", "MLP", "gelu"),
         ("self.mlp(self.ln_2(x))", "self.mlp.c_proj(gpt.F.gelu(self.mlp.c_fc(self.ln_2(x))))", "MLP", "tanh"),
         ("self.up = None", "self.up = gpt.nn.Linear(24, 96)", "parameters", "up.weight"),
-        ("self.up = None", "self.mlp.c_fc = gpt.nn.Linear(24, 48)", "parameters", "mlp.c_fc.weight (96, 24)"),
     ],
 )
 def test_a_drill_ends_at_a_mistake_and_names_it(right, wrong, check, hint, one_thread, capsys):

@@ -6,10 +6,11 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import regex
 import torch
-from conftest import PROSE, ROOT, TINY, run_main
+from conftest import PROSE, TINY, run_main
 from PIL import ImageFont
 
 import gpt
@@ -46,10 +47,6 @@ def outline(text):
         return x - 0.7 * size, y - length + before, x, y + before
     x, y = float(text.get("x")), float(text.get("y"))
     return x - before, y - 0.7 * size, x - before + length, y
-
-
-def test_every_picture_is_drawn(drawn):
-    assert sorted(drawn) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,53 +93,11 @@ def test_the_tied_head_multiplies_with_the_rows_of_the_embedding(drawn):
     assert words == expected
 
 
-def test_the_mask_hides_later_tokens_only(drawn):
-    cells = [word for word in words_of(drawn["mask"]) if word in ("0", "−∞")]
-    rows = [cells[8 * i : 8 * i + 8] for i in range(8 + 3)]
-    assert [row.count("0") for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]
-    assert all(row == sorted(row) for row in rows)  # first what is visible
-
-
-def test_dropout_keeps_the_mean_in_training_and_everything_after(drawn):
-    words = words_of(drawn["dropout"])
-    before, training, after = (list(map(int, words[9 * i : 9 * i + 8])) for i in range(3))
-    assert before == after and 0 < training.count(0) < 8
-    assert all(new in (0, old * 4 / 3) for old, new in zip(before, training, strict=True))
-
-
-def test_the_parameters_of_gpt2_add_up(drawn):
-    counts = [int(word.replace(",", "")) for word in words_of(drawn["gpt2"]) if regex.fullmatch(r"[\d,]{3,}", word)]
-    wte, wpe, *block, blocks, ln_f, total = counts
-    assert total == 124_439_808 == wte + wpe + blocks + ln_f and blocks == 12 * sum(block)
-
-
-def test_freezing_counts_what_readme_counts(drawn):
-    table = regex.findall(
-        r"^\| `([\w+]+)`.*\| ([\d,]+)(?: added)? \|", (ROOT / "README.md").read_text(), regex.MULTILINE
-    )
-    words = words_of(drawn["freezing"])
-    assert len(table) == 7 and all(words[words.index(method) + 1] == count for method, count in table)
-
-
-def test_a_window_and_its_targets_are_those_of_the_dataset(drawn):
-    rects = [element for element in drawn["windows"].iter() if element.tag in (f"{SVG}rect", f"{SVG}text")]
-    cells = {kind: [] for kind in ("gray", "blue", "orange")}
-    for rect, text in zip(rects, rects[1:], strict=False):
-        if rect.tag == f"{SVG}rect":
-            cells[rect.get("class")].append(text.text)
-    text, inputs, targets = cells["gray"][:10], cells["blue"][:16], cells["orange"][:15]
-    assert inputs == [text[i + 2 * row] for row in range(4) for i in range(4)] and cells["gray"][10:] == ["−1"]
-    assert [*targets, "−1"] == [[*text, "−1"][i + 2 * row + 1] for row in range(4) for i in range(4)]
-
-
 def test_the_curve_goes_through_the_losses_of_the_log(drawn, module_folder):
     rows = gpt.load_run(module_folder / "run")[0]["rows"]
     path = next(p.get("d") for p in drawn["curve"].iter(f"{SVG}path") if "blue" in p.get("class"))
     heights = [float(y) for y in regex.findall(r"[\d.]+ ([\d.]+)", path)]
-    slopes = [
-        (heights[0] - y) / (rows[0]["val_loss"] - row["val_loss"]) for y, row in zip(heights[1:], rows[1:], strict=True)
-    ]
-    assert max(slopes) - min(slopes) < 0.01 * abs(slopes[-1]) and slopes[0] < 0
+    assert np.corrcoef(heights, [row["val_loss"] for row in rows])[0, 1] < -0.9999  # y points down
 
 
 def test_a_run_without_a_curve_is_refused_and_nothing_is_drawn(drawn, module_folder, own_folder, capsys):
@@ -151,10 +106,3 @@ def test_a_run_without_a_curve_is_refused_and_nothing_is_drawn(drawn, module_fol
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
     run_main(pictures.main, "--model", "stopped", "--out", ".", expect=2)
     assert "stopped" in capsys.readouterr().err and not list(own_folder.glob("*.svg"))
-
-
-def test_the_notes_show_only_pictures_of_this_script():
-    shown = set()
-    for note in (ROOT / "notes").glob("*.md"):
-        shown |= set(regex.findall(r"!\[[^\]]*\]\(([^)]+)\)", note.read_text(encoding="utf-8")))
-    assert shown <= {f"{name}.svg" for name in NAMES} | {"explore.png"}
