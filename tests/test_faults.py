@@ -1,5 +1,6 @@
 """When a run is stopped or killed, or the disk is full, nothing is lost, and one line says why."""
 
+import csv
 import errno
 import itertools
 import json
@@ -15,33 +16,22 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, check_files, parameters_of, published, run_main, started
+import torch
+from conftest import ROOT, TINY, after_backward, parameters_of, published, run_main, started
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 import convert_gpt2
 import finetune
 import gpt
 
-FLAGS = [*TINY, "--data", "prose.txt", "--dropout", "0.1"]  # 12 steps, a validation every 4
+FLAGS = [*TINY, "--data", "prose.txt", "--dropout", "0.1", "--grad_accum", "2"]  # 12 steps, a validation every 4
 
 
 @pytest.fixture
 def draw_nothing(monkeypatch):
     """A picture takes longer than the tiny run that it is of."""
     monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))
-
-
-def at_step(monkeypatch, step, act):
-    """Call act() before the forward pass of a training step."""
-    original = gpt.forward_backward
-
-    def hooked(model, data, at, config, dtype):
-        if at == step:
-            act()
-        return original(model, data, at, config, dtype)
-
-    monkeypatch.setattr(gpt, "forward_backward", hooked)
 
 
 def failed(capsys, main, argv):
@@ -52,6 +42,24 @@ def failed(capsys, main, argv):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(errors) == 1
     return errors[0]
+
+
+def check_files(folder, interval=4):
+    """Every file that has its final name is whole."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(path.open()))
+            assert [int(row["step"]) for row in rows] == list(range(0, interval * len(rows), interval))
+            assert None not in rows[-1].values()
+        elif path.suffix == ".png":
+            assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")
 
 
 def result_of(folder):
@@ -91,6 +99,32 @@ def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(prose, draw
 
 
 # ---- Stopped ----
+@pytest.mark.parametrize(
+    ("number", "during", "call", "steps"),
+    [
+        (signal.SIGINT, "forward_backward", 5, 6),
+        (signal.SIGTERM, "forward_backward", 5, 6),
+        (signal.SIGINT, "evaluate", 1, 4),  # a validation breaks off
+    ],
+)
+def test_a_signal_stops_a_run_that_resumes_bit_for_bit(prose, monkeypatch, capsys, number, during, call, steps):
+    original, calls = getattr(gpt, during), itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(gpt, during, interrupted)
+        run_main(gpt.main, *FLAGS, "--out", "here", expect=128 + number)
+    assert signal.getsignal(number) == before and "--resume --out here" in capsys.readouterr().err
+    assert gpt.load_run("here")[0]["step"] == steps and Path("here/loss.png").exists()
+    torch.manual_seed(99)
+    assert_resumes_as_if_never_stopped("here")
+
+
 def interrupted_in_a_save_that_takes_a_minute(argv):
     save_file = gpt.save_file
 
@@ -102,7 +136,7 @@ def interrupted_in_a_save_that_takes_a_minute(argv):
         save_file(tensors, path, metadata)
 
     gpt.save_file = slow
-    at_step(pytest.MonkeyPatch(), 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after_backward(pytest.MonkeyPatch(), lambda model, step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None)
     gpt.main(argv)
 
 
@@ -116,22 +150,6 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(prose, draw
     assert process.exitcode == 128 + signal.SIGTERM
     check_files(Path("here"))
     assert gpt.load_run("here")[0]["step"] == 4
-    assert_resumes_as_if_never_stopped("here")
-
-
-def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(prose, draw_nothing, monkeypatch):
-    evaluate, calls = gpt.evaluate, itertools.count()
-
-    def interrupted(*arguments):
-        if next(calls) == 1:  # at step 4
-            os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(gpt, "evaluate", interrupted)
-        run_main(gpt.main, *FLAGS, "--out", "here", expect=128 + signal.SIGINT)
-    run = gpt.load_run("here")[0]
-    assert run["step"] == 4 and [row["step"] for row in run["rows"]] == [0]
     assert_resumes_as_if_never_stopped("here")
 
 
@@ -235,7 +253,7 @@ def move_away():
 
 def with_misfortune(argv):
     act, *argv = argv
-    at_step(pytest.MonkeyPatch(), 6, act)
+    after_backward(pytest.MonkeyPatch(), lambda model, step: act() if step == 6 else None)
     sys.stderr = open("errors.txt", "w", buffering=1)  # noqa: SIM115  (until the process ends)
     gpt.main(argv)
 

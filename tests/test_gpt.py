@@ -1,7 +1,6 @@
 """The claims of gpt.py, one claim per test."""
 
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -9,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import regex
 import requests
@@ -25,9 +24,7 @@ import safetensors.torch
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import PROSE, ROOT, TINY, enlarge, parameters_of, run_main, script
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from conftest import PROSE, ROOT, TINY, after_backward, enlarge, parameters_of, run_main, script
 
 import gpt
 from extras import native
@@ -35,12 +32,7 @@ from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
 
 # ---- Configuration ----
-def test_presets_set_known_flags_and_have_the_published_parameter_counts():
-    gpt2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-    for name, count in {"scratch-152m": 152_791_296, **gpt2}.items():
-        with torch.device("meta"):
-            model = GPT(GPTConfig.preset(name))
-        assert sum(p.numel() for p in model.parameters()) == count, name
+def test_presets_set_known_flags():
     fields = {field.name for config in (GPTConfig, TrainConfig) for field in dataclasses.fields(config)}
     assert all(flags.keys() <= fields for flags in gpt.PRESETS.values())
 
@@ -90,17 +82,6 @@ def test_incremental_counts_give_the_merges_of_counting_anew(text):
     assert gpt.train_bpe([text], 330) == naive_bpe(text, 330)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-@example(text="a<|endoftext|>b")
-def test_any_text_round_trips_and_never_gives_end_of_text(learned, text):
-    for tokenizer, vocab_size in ((Tokenizer.bytes(), 257), (learned, 300)):
-        ids = tokenizer.encode(text)
-        assert all(0 <= i < tokenizer.eot == vocab_size - 1 for i in ids) and tokenizer.vocab_size == vocab_size
-        assert tokenizer.decode(ids) == text
-        assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
-
-
 def test_gpt2_has_the_published_ids(gpt2_vocabulary):
     assert (gpt2_vocabulary.vocab_size, gpt2_vocabulary.eot) == (50257, 50256)
     assert gpt2_vocabulary.encode("Hello, world!") == [15496, 11, 995, 0]
@@ -112,10 +93,7 @@ def test_gpt2_has_the_published_ids(gpt2_vocabulary):
 
 
 def test_an_unreachable_gpt2_vocabulary_names_the_remedies(monkeypatch):
-    def offline(name):
-        raise requests.ConnectionError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
     with pytest.raises(InputError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         Tokenizer.gpt2()
 
@@ -248,18 +226,13 @@ def test_a_prepared_folder_is_memory_mapped_with_its_own_vocabulary(learned):
         gpt.load_data(["corpus"], Tokenizer.bytes())
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow_while_a_mapped_file_is_read():
     np.zeros(50_000_000, np.uint16).tofile("t.bin")
     data = TokenDataset(np.memmap("t.bin", np.uint16, "r"), 64)
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
+    before = psutil.Process().memory_info().rss
     for start in range(0, len(data) - 64, 64 * 20):
         data.batch(range(start, start + 64 * 20, 20))
-    assert resident() - before < 20_000_000
+    assert psutil.Process().memory_info().rss - before < 20_000_000
 
 
 def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
@@ -277,12 +250,7 @@ def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
 
 
 # ---- Model ----
-@pytest.fixture(params=[False, True], ids=["written out", "fused"])
-def either_attention(request, monkeypatch):
-    monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=request.param))
-
-
-def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small, either_attention):
+def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small):
     idx = torch.randint(0, 50, (2, 16))
     logits, _ = small(idx)
     for t in range(16):
@@ -292,7 +260,7 @@ def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small, either_at
         assert (moved[:t] == 0).all() and (moved[t:] > 0).all()
 
 
-def test_logits_equal_those_of_transformers(either_attention):
+def test_logits_equal_those_of_transformers():
     """Weights large, embeddings small: a wrong GELU, epsilon, mask, transpose or position shows."""
     transformers = pytest.importorskip("transformers")
     shape = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 97}
@@ -403,14 +371,6 @@ def test_the_cache_changes_nothing(small, prompt, new, options):
     assert torch.equal(before, torch.get_rng_state()), "a generator of one's own leaves the global one alone"
 
 
-def test_cached_logits_equal_those_of_the_whole_sequence(small):
-    idx = torch.randint(0, 50, (2, 16))
-    caches = [gpt.KVCache(16) for _ in small.transformer.h]
-    with torch.no_grad():
-        parts = [small.lm_head(small.hidden(part, caches)) for part in idx.split([5, 1, 4, 6], dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), small(idx)[0], atol=1e-5)
-
-
 @pytest.mark.parametrize(("new", "expected"), [(5, 9), (500, 16)])
 def test_the_cache_is_no_larger_than_needed(small, new, expected, monkeypatch):
     class Noting(gpt.KVCache):
@@ -439,13 +399,11 @@ def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
     [
         ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.6}, [0.625, 0.375, 0, 0]),
         ([0.15, 0.05, 0.5, 0.3], {"top_p": 0.45}, [0, 0, 1, 0]),
-        ([0.5, 0.3, 0.15, 0.05], {"top_p": 1e-50}, [1, 0, 0, 0]),
         ([0.1, 0.6, 0.3], {"top_k": 2}, [0, 2 / 3, 1 / 3]),
         ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.55}, [1, 0, 0, 0]),  # of the two, the first has 0.571
         ([0.8, 0.2], {"temperature": 0.5}, [16 / 17, 1 / 17]),
         ([0.8, 0.2], {"temperature": 2.0}, [2 / 3, 1 / 3]),
         ([0.6, 0.4, 0.0], {"temperature": 1e-6}, [1, 0, 0]),
-        ([0.6, 0.4, 0.0], {"temperature": 1e6}, [0.5, 0.5, 0]),
     ],
 )
 def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
@@ -508,21 +466,18 @@ def test_a_checkpoint_comes_back_as_it_was(learned):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "old", "new"),
     [
-        ("model.safetensors", lambda b: b[: len(b) // 2]),
-        ("model.safetensors", lambda b: b"\xff" * 8 + b[8:]),
-        ("config.json", lambda b: b[: len(b) // 2]),
-        ("config.json", lambda b: b.replace(b'"n_layer": 3', b'"n_layer": 4')),
-        ("config.json", lambda b: b.replace(b'"n_embd": 8', b'"n_embd": 80000000000')),
-        ("tokenizer.tiktoken", lambda b: b[: len(b) // 2]),
-        ("tokenizer.tiktoken", lambda b: b + b"eno= 256\n"),  # larger than the embedding
+        ("config.json", '"n_layer": 3', '"n_layer": 4'),
+        ("config.json", '"n_embd": 8', '"n_embd": 65536'),  # 600 GB of weights: refused before memory is taken
+        ("tokenizer.tiktoken", "/w== 255\n", "/w== 255\neno= 256\n"),  # larger than the embedding
     ],
 )
-def test_a_damaged_checkpoint_is_refused(name, change):
+def test_a_checkpoint_whose_parts_do_not_fit_together_is_refused(name, old, new):
     gpt.save_checkpoint("here", bytes_model(), Tokenizer.bytes())
     path = Path("here", name)
-    path.write_bytes(change(path.read_bytes()))
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match="here is not a readable checkpoint"):
         gpt.load_checkpoint("here")
 
@@ -547,14 +502,6 @@ def test_a_name_under_checkpoints_is_found_and_a_missing_one_lists_what_is_there
     assert gpt.find_checkpoint("one") == gpt.find_checkpoint("checkpoints/one") == Path("checkpoints/one")
     with pytest.raises(InputError, match="one, two"):
         gpt.load_checkpoint("mine")
-
-
-def test_a_write_that_fails_leaves_the_old_file():
-    Path("f").write_text("old")
-    with pytest.raises(InputError, match="disk is full"), gpt.replacing(Path("f")) as part:
-        part.write_text("half of the ne")
-        raise OSError("the disk is full")
-    assert Path("f").read_text() == "old" and os.listdir() == ["f"]
 
 
 # ---- Optimizers, schedule, gradients, metric ----
@@ -661,29 +608,6 @@ def log_of(folder):
     return [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()]
 
 
-def after_backward(monkeypatch, act):
-    """Call act(model, step) after each forward and backward pass; it may return another loss."""
-    original = gpt.forward_backward
-
-    def hooked(model, data, step, config, dtype):
-        loss, tokens = original(model, data, step, config, dtype)
-        changed = act(model, step)
-        return loss if changed is None else changed, tokens
-
-    monkeypatch.setattr(gpt, "forward_backward", hooked)
-
-
-def assert_same_run(folder, other):
-    (run, tensors, best), (other_run, other_tensors, other_best) = gpt.load_run(folder), gpt.load_run(other)
-    weights, other_weights = parameters_of(folder), parameters_of(other)
-    assert best["step"] == other_best["step"] and tensors.keys() == other_tensors.keys()
-    assert len(tensors) > 2 * len(weights), "the optimizers' averages are in it"
-    assert all(tensor.equal(other_tensors[name]) for name, tensor in tensors.items())
-    assert all(weight.equal(other_weights[name]) for name, weight in weights.items())
-    rows = [[row | {"seconds": 0} for row in each["rows"]] for each in (run, other_run)]
-    assert rows[0] == rows[1] and len(rows[0]) == len(log_of(folder)) - 1
-
-
 def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     files = [gpt.CONFIG, gpt.VOCABULARY, gpt.MODEL, gpt.STATE, "log.csv", "loss.png"]
     assert sorted(os.listdir(trained.folder)) == sorted(files)
@@ -698,37 +622,6 @@ def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     assert described["tokenizer"] == "bytes" and described["validation"]["loss"] == pytest.approx(min(losses))
     assert trained.out.count("\n") == 1 and "bits per byte" in trained.out
     assert "ln 257" in trained.err and "step 4 of 12" in trained.err and "\x1b" not in trained.err
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_resumes_bit_for_bit(trained, number, status, monkeypatch, capsys):
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patched:
-        after_backward(patched, lambda model, step: os.kill(os.getpid(), number) if step == 5 else None)
-        run_main(gpt.main, *trained.flags, "--out", "here", expect=status)
-    assert signal.getsignal(number) == before and "--resume --out here" in capsys.readouterr().err
-    assert gpt.load_run("here")[0]["step"] == 6 and Path("here/loss.png").exists()
-    torch.manual_seed(99)
-    gpt.main(["--resume", "--out", "here"])
-    assert_same_run("here", trained.folder)
-
-
-def test_a_crash_between_the_files_of_a_save_is_repaired(trained, monkeypatch):
-    """After the new best weights and before the training state: resuming repeats the steps, to the same end."""
-    original = gpt.save_run
-
-    def crash(run, *rest):
-        if run["step"] == 8:
-            raise RuntimeError("killed")
-        original(run, *rest)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(gpt, "save_run", crash)
-        gpt.main([*trained.flags, "--out", "here"])
-    run, _, best = gpt.load_run("here")
-    assert (run["step"], best["step"]) == (4, 8), "the weights are ahead of the state, and say so"
-    gpt.main(["--resume", "--out", "here"])
-    assert_same_run("here", trained.folder)
 
 
 def test_a_finished_run_can_be_prolonged(here):
@@ -861,17 +754,14 @@ def test_compiled_training_computes_the_same(prose):
 # ---- Bad input ----
 FILES = {
     "empty.txt": b"",
-    "binary.txt": b"\xff\xfea" * 50,
     "short.txt": b"too short.",
     "examples.JSONL": b"{}\n",
     "taken/" + gpt.STATE: b"not a checkpoint",
-    "old/training_state.pt": b"not a checkpoint",
 }
 BAD = [
     ("--data nowhere.txt", "nowhere.txt"),
-    ("--data old", r"no \*.txt in old"),
+    ("--data taken", r"no \*.txt in taken"),
     ("--data empty.txt", "too little text"),
-    ("--data binary.txt", "binary.txt is not UTF-8"),
     ("--data examples.JSONL", "is JSON, not text"),
     ("--data short.txt", "shorter than a window"),
     ("--n_embd 17", "not a multiple"),
@@ -883,7 +773,6 @@ BAD = [
     ("--out taken", "already holds a checkpoint: add --overwrite"),
     ("--out empty.txt/sub", "is not a folder to write to"),
     ("--resume --out nothing", "nothing to resume in nothing"),
-    ("--resume --out old", "older versions"),
     ("--resume --out taken", "can't be resumed"),
 ]
 
