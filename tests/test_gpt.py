@@ -30,6 +30,8 @@ import gpt
 from extras import native
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
 
 # ---- Configuration ----
 def test_presets_set_known_flags():
@@ -128,15 +130,6 @@ def test_the_last_tenth_up_to_a_limit_is_for_validation_cut_between_characters(l
         assert expected <= len("".join(val).encode()) < expected + 4
 
 
-@pytest.mark.parametrize("size", [32, 64, 1000])
-def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(size, monkeypatch, learned):
-    spaces = "  \n\n  tabs\t\tand\r\n\r\nlines   \x1c \x85 ½ don't 'll ünïcode 🤖🤖 end  "
-    text = PROSE + spaces + PROSE[:99] + "\t\n\n b"
-    monkeypatch.setattr(gpt, "PIECE", gpt.PIECE.replace("1000000", str(size)))
-    assert len(regex.findall(gpt.PIECE, text)) > 5
-    assert gpt.tokenize([text], learned).tolist() == [learned.eot, *learned.encode(text)]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -158,19 +151,6 @@ def test_text_that_looks_like_json_gets_a_remark(text, remarks, capsys):
     Path("a.txt").write_text(text)
     assert gpt.load_texts(["a.txt"]) == [text]
     assert capsys.readouterr().err.count("finetune.py learns") == remarks
-
-
-def test_what_is_no_text_or_no_ids_is_refused_by_name(small):
-    calls = {
-        "encode takes a string, not int": lambda: Tokenizer.bytes().encode(5),
-        "decode takes a list of ids": lambda: Tokenizer.bytes().decode("text"),
-        "such as idx\\[0\\].tolist()": lambda: Tokenizer.bytes().decode(torch.tensor([[97]])),
-        "idx is a tensor of ids, \\(B, T\\)": lambda: small.generate("text", 3),
-    }
-    for message, call in calls.items():
-        with pytest.raises(InputError, match=message.replace("()", "\\(\\)")):
-            call()
-    assert Tokenizer.bytes().decode(torch.tensor([97, 98])) == Tokenizer.bytes().decode(iter([97, 98])) == "ab"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
@@ -409,6 +389,7 @@ def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
 def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
     found = gpt.next_token_probs(torch.tensor([probs]).log(), **options)
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert gpt.next_token_probs(torch.tensor([[-3e38, 3e38]]), temperature=1e-6).tolist() == [[0, 1]], "no overflow"
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_p():
@@ -433,18 +414,25 @@ def test_tokens_are_sampled_as_often_as_their_probabilities_say():
     assert gpt.sample_next_token(logits, temperature=0).item() == 7
 
 
-@pytest.mark.parametrize(("name", "values"), [("temperature", [-1, math.nan]), ("top_p", [0, 1.1]), ("top_k", [0])])
-def test_sampling_out_of_range_is_refused(small, name, values):
-    for value in values:
-        with pytest.raises(InputError, match=name):
-            small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
-
-
-def test_a_prompt_that_is_empty_and_a_sequence_beyond_the_context_are_refused(small):
-    with pytest.raises(InputError, match="end-of-text"):
-        small.generate(torch.zeros(1, 0, dtype=torch.long), 1)
-    with pytest.raises(InputError, match="17 tokens do not fit into the context of 16"):
-        small(torch.zeros(1, 17, dtype=torch.long))
+def test_a_call_that_makes_no_sense_is_refused_by_name(small):
+    idx = torch.zeros(1, 17, dtype=torch.long)
+    calls = {
+        "encode takes a string, not int": lambda: Tokenizer.bytes().encode(5),
+        "decode takes a list of ids": lambda: Tokenizer.bytes().decode("text"),
+        "such as idx[0].tolist()": lambda: Tokenizer.bytes().decode(idx),
+        "idx is a tensor of ids, (B, T)": lambda: small.generate("text", 3),
+        "end-of-text": lambda: small.generate(idx[:, :0], 1),
+        "17 tokens do not fit into the context of 16": lambda: small(idx),
+        "temperature is -1": lambda: small.generate(idx, 1, temperature=-1),
+        "temperature is nan": lambda: small.generate(idx, 1, temperature=math.nan),
+        "top_p is 0": lambda: small.generate(idx, 1, top_p=0),
+        "top_p is 1.1": lambda: small.generate(idx, 1, top_p=1.1),
+        "top_k is 0": lambda: small.generate(idx, 1, top_k=0),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputError, match=regex.escape(message)):
+            call()
+    assert Tokenizer.bytes().decode(torch.tensor([97, 98])) == Tokenizer.bytes().decode(iter([97, 98])) == "ab"
 
 
 # ---- Checkpoints ----
@@ -505,7 +493,7 @@ def test_a_name_under_checkpoints_is_found_and_a_missing_one_lists_what_is_there
 
 
 # ---- Optimizers, schedule, gradients, metric ----
-def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(small):
+def test_only_matrices_decay_and_every_parameter_has_one_optimizer(small):
     for name, expected in (("adamw", 1), ("muon", 2)):
         optimizers = gpt.make_optimizers(small, TrainConfig(optimizer=name, weight_decay=0.3))
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -515,10 +503,6 @@ def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(sma
             assert all((p.dim() == 2) == (group["weight_decay"] == 0.3) for p in group["params"])
     muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
     assert muon == {id(p) for name, p in small.named_parameters() if ".h." in name and p.dim() == 2}
-    small.requires_grad_(False)
-    small.transformer.ln_f.requires_grad_(True)
-    (optimizer,) = gpt.make_optimizers(small, TrainConfig(optimizer="muon"))
-    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 16
 
 
 def test_stacked_muon_takes_the_steps_of_torchs_muon():
@@ -568,24 +552,6 @@ def test_bfloat16_gives_nearly_the_loss_and_gradient_of_float32(small):
     assert F.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
-def test_validation_weighs_every_token_alike_and_divides_by_the_bytes_of_the_targets(learned):
-    model = enlarge(bytes_model(vocab_size=300))
-    ids = torch.tensor(learned.encode(PROSE)[: 16 * 5 + 7])  # a short last window
-    nats, hits = 0.0, 0
-    for start in range(0, len(ids) - 1, 16):
-        window, targets = ids[start : start + 17][:-1], ids[start : start + 17][1:]
-        logits = model(window[None])[0][0]
-        nats += F.cross_entropy(logits, targets, reduction="sum").item()
-        hits += (logits.argmax(-1) == targets).sum().item()
-    n_bytes = len(learned.decode(ids[1:].tolist()).encode())
-    for batch_size in (1, 4, 100):
-        figures = gpt.evaluate(model, TokenDataset(ids.numpy(), 16), learned, batch_size)
-        assert figures["tokens"] == len(ids) - 1 and figures["accuracy"] == pytest.approx(hits / (len(ids) - 1))
-        assert figures["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
-        assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-
-
 # ---- Training ----
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -611,7 +577,6 @@ def log_of(folder):
 def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     files = [gpt.CONFIG, gpt.VOCABULARY, gpt.MODEL, gpt.STATE, "log.csv", "loss.png"]
     assert sorted(os.listdir(trained.folder)) == sorted(files)
-    assert (trained.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     header, *rows = log_of(trained.folder)
     assert header == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm"]
     assert [row[0] for row in rows] == ["0", "4", "8", "12"] and rows[1][1] == str(4 * 2 * 4 * 16)
@@ -621,12 +586,7 @@ def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     assert described["model"]["n_layer"] == 2 and described["training"]["max_steps"] == 12
     assert described["tokenizer"] == "bytes" and described["validation"]["loss"] == pytest.approx(min(losses))
     assert trained.out.count("\n") == 1 and "bits per byte" in trained.out
-    assert "ln 257" in trained.err and "step 4 of 12" in trained.err and "\x1b" not in trained.err
-
-
-def test_a_finished_run_can_be_prolonged(here):
-    gpt.main(["--resume", "--out", "here", "--max_steps", "16"])
-    assert [row[0] for row in log_of(here)[-2:]] == ["12", "16"]
+    assert "step 4 of 12" in trained.err and "\x1b" not in trained.err
 
 
 @pytest.mark.parametrize("flags", ["--n_layer 3", "--optimizer adamw", "--preset tiny", "--data other.txt"])
@@ -636,11 +596,8 @@ def test_a_resumed_run_keeps_its_shape_and_its_text(here, flags, capsys):
     assert regex.search("n_layer|optimizer|--preset|the data .* changed", capsys.readouterr().err.splitlines()[-1])
 
 
-def test_a_checkpoint_is_replaced_only_when_asked_and_then_nothing_of_it_stays(here):
-    model, before = bytes_model(), parameters_of(here)
-    with pytest.raises(InputError, match="--overwrite"):
-        gpt.save_checkpoint(here, model, Tokenizer.bytes())
-    assert all(weight.equal(before[name]) for name, weight in parameters_of(here).items())
+def test_of_an_overwritten_checkpoint_nothing_stays(here):
+    model = bytes_model()
     gpt.save_checkpoint(here, model, Tokenizer.bytes(), overwrite=True)
     assert torch.equal(parameters_of(here)["transformer.wpe.weight"], model.transformer.wpe.weight)
     assert not (here / gpt.STATE).exists()
@@ -726,29 +683,21 @@ def test_flags_beat_presets_and_some_defaults_depend_on_the_text(flags, expected
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_computes(prose):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gpt.py"],
+        pytest.param(["gpt.py", "--compile"], marks=pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")),
+    ],
+)
+def test_two_processes_and_a_compiled_model_compute_what_one_process_computes(prose, command):
     """With AdamW: Muon orthogonalizes in bfloat16, where the least difference in rounding grows to 2e-4."""
-    flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2"]
-    flags += ["--optimizer", "adamw", "--out"]
-    one = script("gpt.py", *flags, "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gpt.py"]
-    two = subprocess.run([*torchrun, *flags, "two"], capture_output=True, text=True, timeout=240, check=False)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert one.stdout.replace("one", "two") == two.stdout
+    flags = [*TINY, "--data", prose, "--dropout", 0, "--dtype", "float32", "--optimizer", "adamw", "--grad_accum", 2]
+    for done in (script("gpt.py", *flags, "--out", "one"), script(*command, *flags, "--out", "two")):
+        assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_training_computes_the_same(prose):
-    flags = [*TINY, "--data", prose, "--dtype", "float32", "--dropout", "0", "--max_steps", "4", "--n_layer", "1"]
-    for out, more in (("plain", []), ("compiled", ["--compile"])):
-        done = script("gpt.py", *flags, "--optimizer", "adamw", "--out", out, *more)
-        assert done.returncode == 0, done.stderr
-    for name, weight in parameters_of("plain").items():
-        assert torch.allclose(weight, parameters_of("compiled")[name], atol=1e-5), name
 
 
 # ---- Bad input ----

@@ -26,9 +26,6 @@ SMALLER = {  # what makes a command fast here; a later flag wins
     "sample.py": ["--max_new_tokens", "4"],
     "debug.text": ["--max_new_tokens", "8"],
 }
-INSTEAD = {  # what would need a network
-    "python convert_gpt2.py gpt2": "python convert_gpt2.py hf --out checkpoints/gpt2",
-}
 SLOW = ("torchrun", "--random", "-m bench", "-m debug.check")  # with tests of their own
 
 
@@ -63,7 +60,7 @@ def test_the_commands_of_the_readme_run_in_its_order_and_then_its_python(a_newco
     for command in COMMANDS:
         if any(word in command for word in SLOW):
             continue
-        name, flags = parse(INSTEAD.get(command.partition("  ")[0], command))
+        name, flags = parse(command.replace("convert_gpt2.py gpt2 ", "convert_gpt2.py hf --out checkpoints/gpt2 "))
         flags += ["--max_steps", "4"] if "--resume" in flags else SMALLER.get(name, [])
         status = run_main(main_of(name), *flags)
         assert not status, command
