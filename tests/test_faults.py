@@ -89,14 +89,14 @@ def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(kills):
 
 # ---- Stopped ----
 @pytest.mark.parametrize(
-    ("number", "during", "call", "steps"),
+    ("number", "during", "call", "step", "validated"),
     [
-        (signal.SIGINT, "forward_backward", 5, 6),
-        (signal.SIGTERM, "forward_backward", 5, 6),
-        (signal.SIGINT, "evaluate", 1, 4),  # a validation breaks off
+        (signal.SIGINT, "forward_backward", 5, 6, 4),
+        (signal.SIGTERM, "forward_backward", 5, 6, 4),
+        (signal.SIGINT, "evaluate", 1, 4, 0),  # a validation breaks off
     ],
 )
-def test_a_signal_stops_a_run_that_resumes_bit_for_bit(monkeypatch, capsys, number, during, call, steps):
+def test_a_signal_stops_a_run_that_resumes_bit_for_bit(monkeypatch, capsys, number, during, call, step, validated):
     original, calls = getattr(gpt, during), itertools.count()
 
     def interrupted(*arguments):
@@ -109,7 +109,8 @@ def test_a_signal_stops_a_run_that_resumes_bit_for_bit(monkeypatch, capsys, numb
         patched.setattr(gpt, during, interrupted)
         run_main(gpt.main, *FLAGS, "--out", "here", expect=128 + number)
     assert signal.getsignal(number) == before and "--resume --out here" in capsys.readouterr().err
-    assert gpt.load_run("here")[0]["step"] == steps and Path("here/loss.png").exists()
+    run = gpt.load_run("here")[0]
+    assert run["step"] == step and run["rows"][-1]["step"] == validated and Path("here/loss.png").exists()
     torch.manual_seed(99)
     assert_resumes_as_if_never_stopped("here")
 

@@ -154,20 +154,13 @@ def test_text_that_looks_like_json_gets_a_remark(text, remarks, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
-def test_output_is_utf8_on_every_stream_that_is_no_console(encoding, monkeypatch):
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-
-    @gpt.command
-    def main(argv=None):
-        print("n\u00e9 \u4f60", file=sys.stdout)
-        print("n\u00e9 \u4f60", file=sys.stderr)
-
-    main()
-    for stream in streams:
-        stream.flush()
-        assert stream.buffer.getvalue().decode() == "n\u00e9 \u4f60\n"
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_is_utf8_on_every_stream_that_is_no_console(encoding, name, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, name, stream)
+    gpt.command(lambda argv: print("né 你", file=getattr(sys, name)))()
+    stream.flush()
+    assert stream.buffer.getvalue().decode() == "né 你\n"
 
 
 def test_files_come_in_sorted_as_plain_text_and_joined_by_end_of_text(capsys):
@@ -694,7 +687,7 @@ def test_two_processes_and_a_compiled_model_compute_what_one_process_computes(pr
     """With AdamW: Muon orthogonalizes in bfloat16, where the least difference in rounding grows to 2e-4."""
     flags = [*TINY, "--data", prose, "--dropout", 0, "--dtype", "float32", "--optimizer", "adamw", "--grad_accum", 2]
     for done in (script("gpt.py", *flags, "--out", "one"), script(*command, *flags, "--out", "two")):
-        assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name

@@ -12,7 +12,6 @@ from conftest import PROSE, ROOT, SCRIPTS, TINY, main_of, published, run_main
 
 import finetune
 import gpt
-from debug import verify_gpt2
 from gpt import GPT, GPTConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,12 +133,3 @@ def test_the_command_of_the_readme_teaches_a_small_model_to_add(own_folder, caps
         right.append(tokenizer.decode(answer) == example["completion"])
     assert sum(right[:90]) >= 85, "the sums that it has seen"
     assert sum(right[90:]) >= 5, "and those that it has not, where chance is one in ten"
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_the_loss_in_the_proof_is_that_of_the_command():
-    model = verify_gpt2.randomize(GPT(GPTConfig.preset("gpt2")))
-    idx = verify_gpt2.inputs(model.config, gpt.Tokenizer.bytes())["a paragraph"]
-    shown = regex.search(r"^\| a paragraph \| 313 \| \S+ \| \S+ \| 100% \| (\S+) \| \1 \|$", README, regex.MULTILINE)
-    assert verify_gpt2.loss_of(model(idx)[0], idx) == pytest.approx(float(shown[1]), abs=2e-5)
