@@ -1,4 +1,4 @@
-import csv
+import importlib
 import json
 import multiprocessing
 import os
@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import gpt
@@ -30,6 +29,12 @@ def run_as(path):
 
 MAINS = [path for path in [*CODE, ROOT / "notes/pictures.py"] if "\nif __name__" in path.read_text(encoding="utf-8")]
 SCRIPTS = list(dict.fromkeys(map(run_as, MAINS)))
+
+
+def main_of(name):
+    return importlib.import_module("bench.__main__" if name == "bench" else name.removesuffix(".py")).main
+
+
 SHARED_VOCABULARY = ROOT.parent / "shared" / "tiktoken_cache"
 if SHARED_VOCABULARY.is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED_VOCABULARY))
@@ -83,12 +88,7 @@ def mine(words):
 @pytest.fixture
 def small():
     """A model small enough to run anywhere, its weights large enough that every part of it matters."""
-    torch.manual_seed(0)
-    model = gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=8, dropout=0.0))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.4)
-    return model.eval()
+    return enlarge(gpt.GPT(gpt.GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=8)))
 
 
 @pytest.fixture(scope="session")
@@ -122,18 +122,23 @@ def started(argv, main=gpt.main):
     return process
 
 
+def after_backward(monkeypatch, act):
+    """Call act(model, step) after each forward and backward pass; it may return another loss."""
+    original = gpt.forward_backward
+
+    def hooked(model, data, step, config, dtype):
+        loss, tokens = original(model, data, step, config, dtype)
+        changed = act(model, step)
+        return loss if changed is None else changed, tokens
+
+    monkeypatch.setattr(gpt, "forward_backward", hooked)
+
+
 @contextmanager
 def interrupt(monkeypatch, step):
     """Ctrl-C during the given step of training."""
-    original = gpt.forward_backward
-
-    def pressed(model, data, at, config, dtype):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(model, data, at, config, dtype)
-
     with monkeypatch.context() as patched:
-        patched.setattr(gpt, "forward_backward", pressed)
+        after_backward(patched, lambda model, at: os.kill(os.getpid(), signal.SIGINT) if at == step else None)
         yield
 
 
@@ -179,21 +184,3 @@ def published(folder, tokenizer=None, seed=0, **shape):
     model = enlarge(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)), seed)
     model.save_pretrained(folder)
     return model
-
-
-def check_files(folder, interval=4):
-    """Every file that has its final name is whole."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
-        elif path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(path.open()))
-            assert [int(row["step"]) for row in rows] == list(range(0, interval * len(rows), interval))
-            assert None not in rows[-1].values()
-        elif path.suffix == ".png":
-            assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")

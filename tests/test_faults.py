@@ -1,5 +1,6 @@
 """When a run is stopped or killed, or the disk is full, nothing is lost, and one line says why."""
 
+import csv
 import errno
 import itertools
 import json
@@ -15,9 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, check_files, parameters_of, published, run_main, started
+import torch
+from conftest import ROOT, TINY, after_backward, parameters_of, published, run_main, started
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import convert_gpt2
 import finetune
@@ -26,39 +29,33 @@ import gpt
 FLAGS = [*TINY, "--data", "prose.txt", "--dropout", "0.1"]  # 12 steps, a validation every 4
 
 
-@pytest.fixture
-def draw_nothing(monkeypatch):
+@pytest.fixture(autouse=True)
+def draw_nothing(prose, monkeypatch):
     """A picture takes longer than the tiny run that it is of."""
     monkeypatch.setattr(Figure, "savefig", lambda self, part, **_: Path(part).write_bytes(b"IEND\xaeB\x60\x82"))
 
 
-def at_step(monkeypatch, step, act):
-    """Call act() before the forward pass of a training step."""
-    original = gpt.forward_backward
-
-    def hooked(model, data, at, config, dtype):
-        if at == step:
-            act()
-        return original(model, data, at, config, dtype)
-
-    monkeypatch.setattr(gpt, "forward_backward", hooked)
-
-
-def failed(capsys, main, argv):
-    """Run a script's main in this process -> its one error line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert end.value.code == 2 and len(errors) == 1
-    return errors[0]
+def check_files(folder):
+    """Every file that has its final name is whole."""
+    for path in Path(folder).rglob("[!.]*.*"):
+        if path.parent.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors":
+            assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            rows = [*csv.reader(path.read_text().splitlines())]
+            assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows)
+        elif path.suffix == ".png":
+            assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")
 
 
 def result_of(folder):
-    """Everything that a run ends with, except the seconds it took -> log, tensors."""
+    """Everything that a run ends with, except the seconds it took -> facts, tensors."""
     run, tensors, best = gpt.load_run(folder)
-    rows = [row | {"seconds": 0} for row in run["rows"]]
-    facts = json.dumps([run["step"], run["tokens"], rows, best["validation"]])  # text, as NaN differs from itself
+    rows = [row[:2] + row[3:] for row in csv.reader(Path(folder, "log.csv").read_text().splitlines())]
+    facts = [run["step"], run["tokens"], best["step"], best["validation"], rows]
     return facts, tensors | {f"best {name}": weight for name, weight in parameters_of(folder).items()}
 
 
@@ -74,7 +71,7 @@ def assert_resumes_as_if_never_stopped(folder, flags=FLAGS):
 
 # ---- Killed ----
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(prose, draw_nothing, kills):
+def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(kills):
     flags = [*FLAGS, "--max_steps", "40"]
     gpt.main([*flags, "--out", "whole"])
     chance = random.Random(kills)
@@ -91,6 +88,33 @@ def test_a_run_killed_at_a_random_moment_resumes_as_if_never_stopped(prose, draw
 
 
 # ---- Stopped ----
+@pytest.mark.parametrize(
+    ("number", "during", "call", "step", "validated"),
+    [
+        (signal.SIGINT, "forward_backward", 5, 6, 4),
+        (signal.SIGTERM, "forward_backward", 5, 6, 4),
+        (signal.SIGINT, "evaluate", 1, 4, 0),  # a validation breaks off
+    ],
+)
+def test_a_signal_stops_a_run_that_resumes_bit_for_bit(monkeypatch, capsys, number, during, call, step, validated):
+    original, calls = getattr(gpt, during), itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(gpt, during, interrupted)
+        run_main(gpt.main, *FLAGS, "--out", "here", expect=128 + number)
+    assert signal.getsignal(number) == before and "--resume --out here" in capsys.readouterr().err
+    run = gpt.load_run("here")[0]
+    assert run["step"] == step and run["rows"][-1]["step"] == validated and Path("here/loss.png").exists()
+    torch.manual_seed(99)
+    assert_resumes_as_if_never_stopped("here")
+
+
 def interrupted_in_a_save_that_takes_a_minute(argv):
     save_file = gpt.save_file
 
@@ -102,11 +126,11 @@ def interrupted_in_a_save_that_takes_a_minute(argv):
         save_file(tensors, path, metadata)
 
     gpt.save_file = slow
-    at_step(pytest.MonkeyPatch(), 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    after_backward(pytest.MonkeyPatch(), lambda model, step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None)
     gpt.main(argv)
 
 
-def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(prose, draw_nothing):
+def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint():
     process = started([*FLAGS, "--out", "here"], interrupted_in_a_save_that_takes_a_minute)
     while not Path("saving").exists():
         assert process.is_alive()
@@ -114,29 +138,13 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(prose, draw
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM
-    check_files(Path("here"))
+    check_files("here")
     assert gpt.load_run("here")[0]["step"] == 4
     assert_resumes_as_if_never_stopped("here")
 
 
-def test_a_signal_breaks_off_a_validation_and_nothing_is_missing_afterwards(prose, draw_nothing, monkeypatch):
-    evaluate, calls = gpt.evaluate, itertools.count()
-
-    def interrupted(*arguments):
-        if next(calls) == 1:  # at step 4
-            os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(gpt, "evaluate", interrupted)
-        run_main(gpt.main, *FLAGS, "--out", "here", expect=128 + signal.SIGINT)
-    run = gpt.load_run("here")[0]
-    assert run["step"] == 4 and [row["step"] for row in run["rows"]] == [0]
-    assert_resumes_as_if_never_stopped("here")
-
-
 @pytest.mark.slow
-def test_ctrl_c_reaches_two_processes_twice_and_both_save_first(prose):
+def test_ctrl_c_reaches_two_processes_twice_and_both_save_first():
     """A terminal signals the whole group; torchrun then signals its workers once more."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(ROOT / "gpt.py"), *FLAGS, "--max_steps", "1000000", "--optimizer", "adamw"]
@@ -151,7 +159,7 @@ def test_ctrl_c_reaches_two_processes_twice_and_both_save_first(prose):
     assert process.returncode != 0 and err.count("stopped at step") == 1
     saved = int(err.split("stopped at step ")[1].split(";")[0].replace(",", ""))
     assert gpt.load_run("here")[0]["step"] == saved
-    check_files(Path("here"))
+    check_files("here")
 
 
 # ---- Writes that fail ----
@@ -181,13 +189,12 @@ class Disk:
 
 
 SCRIPTS = {
-    "gpt": (gpt.main, ["--resume", "--out", "part", "--max_steps", "8"], ["part"]),
-    "convert": (convert_gpt2.main, ["hf", "--out", "converted"], ["converted"]),
+    "gpt": (gpt.main, "--resume --out part --max_steps 8", "part"),
+    "convert": (convert_gpt2.main, "hf --out converted", "converted"),
     "finetune": (
         finetune.main,
-        ["--model", "part", "--data", "prose.txt", "--max_steps", "1", "--batch_size", "2"]
-        + ["--out", "tuned", "--method", "lora", "--save_adapter", "adapter"],
-        ["tuned", "adapter"],
+        "--model part --data prose.txt --max_steps 1 --batch_size 2 --out tuned --method lora --save_adapter adapter",
+        "tuned",
     ),
 }
 
@@ -195,59 +202,50 @@ SCRIPTS = {
 @pytest.mark.parametrize(
     ("name", "every"), [("gpt", 9), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in SCRIPTS)]
 )
-def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(
-    prose, draw_nothing, name, every, monkeypatch, capsys
-):
+def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(own_folder, name, every, monkeypatch, capsys):
     """Every write of a script fails once (in the fast test, every ninth)."""
-    main, argv, outputs = SCRIPTS[name]
+    main, flags, output = SCRIPTS[name]
     gpt.main([*FLAGS, "--out", "part", "--max_steps", "4"])
     if name == "convert":
         published("hf")
     shutil.copytree(".", "before")
     with monkeypatch.context() as patched:
         disk = Disk(patched)
-        main(argv)
-    weights = parameters_of(outputs[0])
+        main(flags.split())
+    weights = parameters_of(output)
     assert disk.calls > 10
     for full_at in range(1, disk.calls + 1, every):
-        for output in outputs:
-            shutil.rmtree(output)
-            if Path("before", output).exists():
-                shutil.copytree(Path("before", output), output)
+        monkeypatch.chdir(shutil.copytree(own_folder / "before", own_folder / f"full{full_at}"))
         with monkeypatch.context() as patched:
             Disk(patched, full_at)
-            assert "No space left on device" in failed(capsys, main, argv), full_at
-        for output in outputs:
-            Path(output).mkdir(exist_ok=True)
-            check_files(Path(output), interval=1 if name == "finetune" else 4)
-            assert not any(path.read_bytes() == b"half" for path in Path(output).rglob("*") if path.is_file())
-        main(argv if name == "gpt" else [*argv, "--overwrite"])
-        assert all(weight.equal(weights[key]) for key, weight in parameters_of(outputs[0]).items()), full_at
+            run_main(main, *flags.split(), expect=2)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "No space left on device" in errors[0], full_at
+        check_files(".")
+        assert not any(path.read_bytes() == b"half" for path in Path().rglob("*") if path.is_file())
+        main([*flags.split(), *([] if name == "gpt" else ["--overwrite"])])
+        assert all(weight.equal(weights[key]) for key, weight in parameters_of(output).items()), full_at
 
 
-def limit_file_sizes():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+@pytest.mark.parametrize("folder", ["here", "there"])
+def test_a_folder_that_cannot_be_written_any_more_keeps_the_last_checkpoint(folder, monkeypatch, capsys):
+    """No mock: the system refuses to write, as files are too large or the folder has moved away."""
 
+    def act(model, step):
+        if step == 6 and folder == "here":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        elif step == 6:
+            Path("here").rename(folder)
 
-def move_away():
-    Path("here").rename("there")
-
-
-def with_misfortune(argv):
-    act, *argv = argv
-    at_step(pytest.MonkeyPatch(), 6, act)
-    sys.stderr = open("errors.txt", "w", buffering=1)  # noqa: SIM115  (until the process ends)
-    gpt.main(argv)
-
-
-@pytest.mark.parametrize("act", [limit_file_sizes, move_away])
-def test_a_folder_that_cannot_be_written_any_more_keeps_the_last_checkpoint(prose, draw_nothing, act):
-    """No mock: the kernel refuses, in a process of its own."""
-    process = started([act, *FLAGS, "--out", "here"], with_misfortune)
-    process.join(60)
-    error = Path("errors.txt").read_text().splitlines()[-1]
-    assert process.exitcode == 2 and error.startswith("error: here/") and "could not be written" in error
-    folder = "there" if act is move_away else "here"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched:
+        after_backward(patched, act)
+        try:
+            run_main(gpt.main, *FLAGS, "--out", "here", expect=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: here/") and "could not be written" in error
     assert gpt.load_run(folder)[0]["step"] == 4
-    check_files(Path(folder))
+    check_files(folder)
     assert_resumes_as_if_never_stopped(folder)

@@ -1,18 +1,14 @@
 """Every flag of every script: a reason in --help, and for an impossible value one error line, with nothing written."""
 
-import importlib
 from pathlib import Path
 
 import pytest
-from conftest import PROSE, SCRIPTS, TINY, script
+from conftest import PROSE, SCRIPTS, TINY, main_of, script
 
 import gpt
 from extras import export
 
-MAIN = {}
-for name in SCRIPTS:
-    module = "bench.__main__" if name == "bench" else name.removesuffix(".py")
-    MAIN[name] = importlib.import_module(module).main
+MAIN = {name: main_of(name) for name in SCRIPTS}
 SOUND = {  # command lines that would work: only one flag is spoiled at a time
     "gpt.py": [*TINY, "--data", "prose.txt", "--out", "new"],
     "sample.py": ["--model", "mine", "--prompt", "The", "--max_new_tokens", "2"],
@@ -63,20 +59,18 @@ def refused(folder, monkeypatch, capsys):
     return run
 
 
-class Seen(Exception):
-    pass
-
-
 def actions_of(name, monkeypatch):
     """The flags that a script's parser has."""
 
-    def seen(parser, *_):
-        raise Seen(parser._actions)
+    def note(parser, *_):
+        found.extend(parser._actions)
+        raise SystemExit
 
-    with monkeypatch.context() as patched, pytest.raises(Seen) as found:
-        patched.setattr(gpt.Parser, "parse_known_args", seen)
+    found = []
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(gpt.Parser, "parse_known_args", note)
         MAIN[name](SOUND[name])
-    return [action for action in found.value.args[0] if action.option_strings]
+    return [action for action in found if action.option_strings]
 
 
 @pytest.mark.parametrize("name", MAIN)

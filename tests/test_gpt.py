@@ -1,7 +1,6 @@
 """The claims of gpt.py, one claim per test."""
 
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -9,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import regex
 import requests
@@ -25,22 +24,17 @@ import safetensors.torch
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import PROSE, ROOT, TINY, enlarge, parameters_of, run_main, script
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from conftest import PROSE, ROOT, TINY, after_backward, enlarge, parameters_of, run_main, script
 
 import gpt
 from extras import native
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
 
 # ---- Configuration ----
-def test_presets_set_known_flags_and_have_the_published_parameter_counts():
-    gpt2 = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-    for name, count in {"scratch-152m": 152_791_296, **gpt2}.items():
-        with torch.device("meta"):
-            model = GPT(GPTConfig.preset(name))
-        assert sum(p.numel() for p in model.parameters()) == count, name
+def test_presets_set_known_flags():
     fields = {field.name for config in (GPTConfig, TrainConfig) for field in dataclasses.fields(config)}
     assert all(flags.keys() <= fields for flags in gpt.PRESETS.values())
 
@@ -90,17 +84,6 @@ def test_incremental_counts_give_the_merges_of_counting_anew(text):
     assert gpt.train_bpe([text], 330) == naive_bpe(text, 330)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-@example(text="a<|endoftext|>b")
-def test_any_text_round_trips_and_never_gives_end_of_text(learned, text):
-    for tokenizer, vocab_size in ((Tokenizer.bytes(), 257), (learned, 300)):
-        ids = tokenizer.encode(text)
-        assert all(0 <= i < tokenizer.eot == vocab_size - 1 for i in ids) and tokenizer.vocab_size == vocab_size
-        assert tokenizer.decode(ids) == text
-        assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
-
-
 def test_gpt2_has_the_published_ids(gpt2_vocabulary):
     assert (gpt2_vocabulary.vocab_size, gpt2_vocabulary.eot) == (50257, 50256)
     assert gpt2_vocabulary.encode("Hello, world!") == [15496, 11, 995, 0]
@@ -112,10 +95,7 @@ def test_gpt2_has_the_published_ids(gpt2_vocabulary):
 
 
 def test_an_unreachable_gpt2_vocabulary_names_the_remedies(monkeypatch):
-    def offline(name):
-        raise requests.ConnectionError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
     with pytest.raises(InputError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         Tokenizer.gpt2()
 
@@ -150,15 +130,6 @@ def test_the_last_tenth_up_to_a_limit_is_for_validation_cut_between_characters(l
         assert expected <= len("".join(val).encode()) < expected + 4
 
 
-@pytest.mark.parametrize("size", [32, 64, 1000])
-def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(size, monkeypatch, learned):
-    spaces = "  \n\n  tabs\t\tand\r\n\r\nlines   \x1c \x85 ½ don't 'll ünïcode 🤖🤖 end  "
-    text = PROSE + spaces + PROSE[:99] + "\t\n\n b"
-    monkeypatch.setattr(gpt, "PIECE", gpt.PIECE.replace("1000000", str(size)))
-    assert len(regex.findall(gpt.PIECE, text)) > 5
-    assert gpt.tokenize([text], learned).tolist() == [learned.eot, *learned.encode(text)]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -182,34 +153,14 @@ def test_text_that_looks_like_json_gets_a_remark(text, remarks, capsys):
     assert capsys.readouterr().err.count("finetune.py learns") == remarks
 
 
-def test_what_is_no_text_or_no_ids_is_refused_by_name(small):
-    calls = {
-        "encode takes a string, not int": lambda: Tokenizer.bytes().encode(5),
-        "decode takes a list of ids": lambda: Tokenizer.bytes().decode("text"),
-        "such as idx\\[0\\].tolist()": lambda: Tokenizer.bytes().decode(torch.tensor([[97]])),
-        "idx is a tensor of ids, \\(B, T\\)": lambda: small.generate("text", 3),
-    }
-    for message, call in calls.items():
-        with pytest.raises(InputError, match=message.replace("()", "\\(\\)")):
-            call()
-    assert Tokenizer.bytes().decode(torch.tensor([97, 98])) == Tokenizer.bytes().decode(iter([97, 98])) == "ab"
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16"])
-def test_output_is_utf8_on_every_stream_that_is_no_console(encoding, monkeypatch):
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-
-    @gpt.command
-    def main(argv=None):
-        print("n\u00e9 \u4f60", file=sys.stdout)
-        print("n\u00e9 \u4f60", file=sys.stderr)
-
-    main()
-    for stream in streams:
-        stream.flush()
-        assert stream.buffer.getvalue().decode() == "n\u00e9 \u4f60\n"
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_is_utf8_on_every_stream_that_is_no_console(encoding, name, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, name, stream)
+    gpt.command(lambda argv: print("né 你", file=getattr(sys, name)))()
+    stream.flush()
+    assert stream.buffer.getvalue().decode() == "né 你\n"
 
 
 def test_files_come_in_sorted_as_plain_text_and_joined_by_end_of_text(capsys):
@@ -248,18 +199,13 @@ def test_a_prepared_folder_is_memory_mapped_with_its_own_vocabulary(learned):
         gpt.load_data(["corpus"], Tokenizer.bytes())
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow_while_a_mapped_file_is_read():
     np.zeros(50_000_000, np.uint16).tofile("t.bin")
     data = TokenDataset(np.memmap("t.bin", np.uint16, "r"), 64)
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
+    before = psutil.Process().memory_info().rss
     for start in range(0, len(data) - 64, 64 * 20):
         data.batch(range(start, start + 64 * 20, 20))
-    assert resident() - before < 20_000_000
+    assert psutil.Process().memory_info().rss - before < 20_000_000
 
 
 def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
@@ -277,12 +223,7 @@ def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
 
 
 # ---- Model ----
-@pytest.fixture(params=[False, True], ids=["written out", "fused"])
-def either_attention(request, monkeypatch):
-    monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=request.param))
-
-
-def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small, either_attention):
+def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small):
     idx = torch.randint(0, 50, (2, 16))
     logits, _ = small(idx)
     for t in range(16):
@@ -292,7 +233,7 @@ def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small, either_at
         assert (moved[:t] == 0).all() and (moved[t:] > 0).all()
 
 
-def test_logits_equal_those_of_transformers(either_attention):
+def test_logits_equal_those_of_transformers():
     """Weights large, embeddings small: a wrong GELU, epsilon, mask, transpose or position shows."""
     transformers = pytest.importorskip("transformers")
     shape = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 97}
@@ -403,14 +344,6 @@ def test_the_cache_changes_nothing(small, prompt, new, options):
     assert torch.equal(before, torch.get_rng_state()), "a generator of one's own leaves the global one alone"
 
 
-def test_cached_logits_equal_those_of_the_whole_sequence(small):
-    idx = torch.randint(0, 50, (2, 16))
-    caches = [gpt.KVCache(16) for _ in small.transformer.h]
-    with torch.no_grad():
-        parts = [small.lm_head(small.hidden(part, caches)) for part in idx.split([5, 1, 4, 6], dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), small(idx)[0], atol=1e-5)
-
-
 @pytest.mark.parametrize(("new", "expected"), [(5, 9), (500, 16)])
 def test_the_cache_is_no_larger_than_needed(small, new, expected, monkeypatch):
     class Noting(gpt.KVCache):
@@ -439,18 +372,17 @@ def test_ended_rows_repeat_end_of_text_until_all_have_ended(small):
     [
         ([0.5, 0.3, 0.15, 0.05], {"top_p": 0.6}, [0.625, 0.375, 0, 0]),
         ([0.15, 0.05, 0.5, 0.3], {"top_p": 0.45}, [0, 0, 1, 0]),
-        ([0.5, 0.3, 0.15, 0.05], {"top_p": 1e-50}, [1, 0, 0, 0]),
         ([0.1, 0.6, 0.3], {"top_k": 2}, [0, 2 / 3, 1 / 3]),
         ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.55}, [1, 0, 0, 0]),  # of the two, the first has 0.571
         ([0.8, 0.2], {"temperature": 0.5}, [16 / 17, 1 / 17]),
         ([0.8, 0.2], {"temperature": 2.0}, [2 / 3, 1 / 3]),
         ([0.6, 0.4, 0.0], {"temperature": 1e-6}, [1, 0, 0]),
-        ([0.6, 0.4, 0.0], {"temperature": 1e6}, [0.5, 0.5, 0]),
     ],
 )
 def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
     found = gpt.next_token_probs(torch.tensor([probs]).log(), **options)
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert gpt.next_token_probs(torch.tensor([[-3e38, 3e38]]), temperature=1e-6).tolist() == [[0, 1]], "no overflow"
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_p():
@@ -475,18 +407,25 @@ def test_tokens_are_sampled_as_often_as_their_probabilities_say():
     assert gpt.sample_next_token(logits, temperature=0).item() == 7
 
 
-@pytest.mark.parametrize(("name", "values"), [("temperature", [-1, math.nan]), ("top_p", [0, 1.1]), ("top_k", [0])])
-def test_sampling_out_of_range_is_refused(small, name, values):
-    for value in values:
-        with pytest.raises(InputError, match=name):
-            small.generate(torch.zeros(1, 1, dtype=torch.long), 1, **{name: value})
-
-
-def test_a_prompt_that_is_empty_and_a_sequence_beyond_the_context_are_refused(small):
-    with pytest.raises(InputError, match="end-of-text"):
-        small.generate(torch.zeros(1, 0, dtype=torch.long), 1)
-    with pytest.raises(InputError, match="17 tokens do not fit into the context of 16"):
-        small(torch.zeros(1, 17, dtype=torch.long))
+def test_a_call_that_makes_no_sense_is_refused_by_name(small):
+    idx = torch.zeros(1, 17, dtype=torch.long)
+    calls = {
+        "encode takes a string, not int": lambda: Tokenizer.bytes().encode(5),
+        "decode takes a list of ids": lambda: Tokenizer.bytes().decode("text"),
+        "such as idx[0].tolist()": lambda: Tokenizer.bytes().decode(idx),
+        "idx is a tensor of ids, (B, T)": lambda: small.generate("text", 3),
+        "end-of-text": lambda: small.generate(idx[:, :0], 1),
+        "17 tokens do not fit into the context of 16": lambda: small(idx),
+        "temperature is -1": lambda: small.generate(idx, 1, temperature=-1),
+        "temperature is nan": lambda: small.generate(idx, 1, temperature=math.nan),
+        "top_p is 0": lambda: small.generate(idx, 1, top_p=0),
+        "top_p is 1.1": lambda: small.generate(idx, 1, top_p=1.1),
+        "top_k is 0": lambda: small.generate(idx, 1, top_k=0),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputError, match=regex.escape(message)):
+            call()
+    assert Tokenizer.bytes().decode(torch.tensor([97, 98])) == Tokenizer.bytes().decode(iter([97, 98])) == "ab"
 
 
 # ---- Checkpoints ----
@@ -507,23 +446,18 @@ def test_a_checkpoint_comes_back_as_it_was(learned):
     assert sorted(os.listdir("here")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("model.safetensors", lambda b: b[: len(b) // 2]),
-        ("model.safetensors", lambda b: b"\xff" * 8 + b[8:]),
-        ("config.json", lambda b: b[: len(b) // 2]),
-        ("config.json", lambda b: b.replace(b'"n_layer": 3', b'"n_layer": 4')),
-        ("config.json", lambda b: b.replace(b'"n_embd": 8', b'"n_embd": 80000000000')),
-        ("tokenizer.tiktoken", lambda b: b[: len(b) // 2]),
-        ("tokenizer.tiktoken", lambda b: b + b"eno= 256\n"),  # larger than the embedding
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(name, change):
+@pytest.mark.parametrize(("old", "new"), [('"n_layer": 3', '"n_layer": 4'), ('"n_embd": 8', '"n_embd": 65536')])
+def test_a_config_that_does_not_fit_the_weights_is_refused(old, new):
     gpt.save_checkpoint("here", bytes_model(), Tokenizer.bytes())
-    path = Path("here", name)
-    path.write_bytes(change(path.read_bytes()))
+    config = Path("here/config.json")
+    config.write_text(config.read_text().replace(old, new))
     with pytest.raises(InputError, match="here is not a readable checkpoint"):
+        gpt.load_checkpoint("here")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    gpt.save_checkpoint("here", bytes_model(vocab_size=256), Tokenizer.bytes())
+    with pytest.raises(InputError, match="larger than the model's vocabulary"):
         gpt.load_checkpoint("here")
 
 
@@ -549,16 +483,8 @@ def test_a_name_under_checkpoints_is_found_and_a_missing_one_lists_what_is_there
         gpt.load_checkpoint("mine")
 
 
-def test_a_write_that_fails_leaves_the_old_file():
-    Path("f").write_text("old")
-    with pytest.raises(InputError, match="disk is full"), gpt.replacing(Path("f")) as part:
-        part.write_text("half of the ne")
-        raise OSError("the disk is full")
-    assert Path("f").read_text() == "old" and os.listdir() == ["f"]
-
-
 # ---- Optimizers, schedule, gradients, metric ----
-def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(small):
+def test_only_matrices_decay_and_every_parameter_has_one_optimizer(small):
     for name, expected in (("adamw", 1), ("muon", 2)):
         optimizers = gpt.make_optimizers(small, TrainConfig(optimizer=name, weight_decay=0.3))
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -568,10 +494,6 @@ def test_only_matrices_decay_and_every_trainable_parameter_has_one_optimizer(sma
             assert all((p.dim() == 2) == (group["weight_decay"] == 0.3) for p in group["params"])
     muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
     assert muon == {id(p) for name, p in small.named_parameters() if ".h." in name and p.dim() == 2}
-    small.requires_grad_(False)
-    small.transformer.ln_f.requires_grad_(True)
-    (optimizer,) = gpt.make_optimizers(small, TrainConfig(optimizer="muon"))
-    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == 16
 
 
 def test_stacked_muon_takes_the_steps_of_torchs_muon():
@@ -621,24 +543,6 @@ def test_bfloat16_gives_nearly_the_loss_and_gradient_of_float32(small):
     assert F.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
-def test_validation_weighs_every_token_alike_and_divides_by_the_bytes_of_the_targets(learned):
-    model = enlarge(bytes_model(vocab_size=300))
-    ids = torch.tensor(learned.encode(PROSE)[: 16 * 5 + 7])  # a short last window
-    nats, hits = 0.0, 0
-    for start in range(0, len(ids) - 1, 16):
-        window, targets = ids[start : start + 17][:-1], ids[start : start + 17][1:]
-        logits = model(window[None])[0][0]
-        nats += F.cross_entropy(logits, targets, reduction="sum").item()
-        hits += (logits.argmax(-1) == targets).sum().item()
-    n_bytes = len(learned.decode(ids[1:].tolist()).encode())
-    for batch_size in (1, 4, 100):
-        figures = gpt.evaluate(model, TokenDataset(ids.numpy(), 16), learned, batch_size)
-        assert figures["tokens"] == len(ids) - 1 and figures["accuracy"] == pytest.approx(hits / (len(ids) - 1))
-        assert figures["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
-        assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-
-
 # ---- Training ----
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -661,33 +565,9 @@ def log_of(folder):
     return [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()]
 
 
-def after_backward(monkeypatch, act):
-    """Call act(model, step) after each forward and backward pass; it may return another loss."""
-    original = gpt.forward_backward
-
-    def hooked(model, data, step, config, dtype):
-        loss, tokens = original(model, data, step, config, dtype)
-        changed = act(model, step)
-        return loss if changed is None else changed, tokens
-
-    monkeypatch.setattr(gpt, "forward_backward", hooked)
-
-
-def assert_same_run(folder, other):
-    (run, tensors, best), (other_run, other_tensors, other_best) = gpt.load_run(folder), gpt.load_run(other)
-    weights, other_weights = parameters_of(folder), parameters_of(other)
-    assert best["step"] == other_best["step"] and tensors.keys() == other_tensors.keys()
-    assert len(tensors) > 2 * len(weights), "the optimizers' averages are in it"
-    assert all(tensor.equal(other_tensors[name]) for name, tensor in tensors.items())
-    assert all(weight.equal(other_weights[name]) for name, weight in weights.items())
-    rows = [[row | {"seconds": 0} for row in each["rows"]] for each in (run, other_run)]
-    assert rows[0] == rows[1] and len(rows[0]) == len(log_of(folder)) - 1
-
-
 def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     files = [gpt.CONFIG, gpt.VOCABULARY, gpt.MODEL, gpt.STATE, "log.csv", "loss.png"]
     assert sorted(os.listdir(trained.folder)) == sorted(files)
-    assert (trained.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     header, *rows = log_of(trained.folder)
     assert header == ["step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm"]
     assert [row[0] for row in rows] == ["0", "4", "8", "12"] and rows[1][1] == str(4 * 2 * 4 * 16)
@@ -697,43 +577,7 @@ def test_training_writes_its_checkpoint_and_prints_its_result(trained):
     assert described["model"]["n_layer"] == 2 and described["training"]["max_steps"] == 12
     assert described["tokenizer"] == "bytes" and described["validation"]["loss"] == pytest.approx(min(losses))
     assert trained.out.count("\n") == 1 and "bits per byte" in trained.out
-    assert "ln 257" in trained.err and "step 4 of 12" in trained.err and "\x1b" not in trained.err
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_resumes_bit_for_bit(trained, number, status, monkeypatch, capsys):
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patched:
-        after_backward(patched, lambda model, step: os.kill(os.getpid(), number) if step == 5 else None)
-        run_main(gpt.main, *trained.flags, "--out", "here", expect=status)
-    assert signal.getsignal(number) == before and "--resume --out here" in capsys.readouterr().err
-    assert gpt.load_run("here")[0]["step"] == 6 and Path("here/loss.png").exists()
-    torch.manual_seed(99)
-    gpt.main(["--resume", "--out", "here"])
-    assert_same_run("here", trained.folder)
-
-
-def test_a_crash_between_the_files_of_a_save_is_repaired(trained, monkeypatch):
-    """After the new best weights and before the training state: resuming repeats the steps, to the same end."""
-    original = gpt.save_run
-
-    def crash(run, *rest):
-        if run["step"] == 8:
-            raise RuntimeError("killed")
-        original(run, *rest)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(gpt, "save_run", crash)
-        gpt.main([*trained.flags, "--out", "here"])
-    run, _, best = gpt.load_run("here")
-    assert (run["step"], best["step"]) == (4, 8), "the weights are ahead of the state, and say so"
-    gpt.main(["--resume", "--out", "here"])
-    assert_same_run("here", trained.folder)
-
-
-def test_a_finished_run_can_be_prolonged(here):
-    gpt.main(["--resume", "--out", "here", "--max_steps", "16"])
-    assert [row[0] for row in log_of(here)[-2:]] == ["12", "16"]
+    assert "step 4 of 12" in trained.err and "\x1b" not in trained.err
 
 
 @pytest.mark.parametrize("flags", ["--n_layer 3", "--optimizer adamw", "--preset tiny", "--data other.txt"])
@@ -743,11 +587,8 @@ def test_a_resumed_run_keeps_its_shape_and_its_text(here, flags, capsys):
     assert regex.search("n_layer|optimizer|--preset|the data .* changed", capsys.readouterr().err.splitlines()[-1])
 
 
-def test_a_checkpoint_is_replaced_only_when_asked_and_then_nothing_of_it_stays(here):
-    model, before = bytes_model(), parameters_of(here)
-    with pytest.raises(InputError, match="--overwrite"):
-        gpt.save_checkpoint(here, model, Tokenizer.bytes())
-    assert all(weight.equal(before[name]) for name, weight in parameters_of(here).items())
+def test_of_an_overwritten_checkpoint_nothing_stays(here):
+    model = bytes_model()
     gpt.save_checkpoint(here, model, Tokenizer.bytes(), overwrite=True)
     assert torch.equal(parameters_of(here)["transformer.wpe.weight"], model.transformer.wpe.weight)
     assert not (here / gpt.STATE).exists()
@@ -833,45 +674,35 @@ def test_flags_beat_presets_and_some_defaults_depend_on_the_text(flags, expected
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_computes(prose):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gpt.py"],
+        pytest.param(["gpt.py", "--compile"], marks=pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")),
+    ],
+)
+def test_two_processes_and_a_compiled_model_compute_what_one_process_computes(prose, command):
     """With AdamW: Muon orthogonalizes in bfloat16, where the least difference in rounding grows to 2e-4."""
-    flags = [*TINY, "--data", str(prose), "--dropout", "0", "--dtype", "float32", "--grad_accum", "2"]
-    flags += ["--optimizer", "adamw", "--out"]
-    one = script("gpt.py", *flags, "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gpt.py"]
-    two = subprocess.run([*torchrun, *flags, "two"], capture_output=True, text=True, timeout=240, check=False)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert one.stdout.replace("one", "two") == two.stdout
+    flags = [*TINY, "--n_layer", 1, "--data", prose, "--dropout", 0, "--dtype", "float32", "--grad_accum", 2]
+    flags += ["--optimizer", "adamw"]
+    for done in (script("gpt.py", *flags, "--out", "one"), script(*command, *flags, "--out", "two")):
+        assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
     weights = parameters_of("two")
     for name, weight in parameters_of("one").items():
         assert torch.allclose(weight, weights[name], atol=1e-5), name
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_training_computes_the_same(prose):
-    flags = [*TINY, "--data", prose, "--dtype", "float32", "--dropout", "0", "--max_steps", "4", "--n_layer", "1"]
-    for out, more in (("plain", []), ("compiled", ["--compile"])):
-        done = script("gpt.py", *flags, "--optimizer", "adamw", "--out", out, *more)
-        assert done.returncode == 0, done.stderr
-    for name, weight in parameters_of("plain").items():
-        assert torch.allclose(weight, parameters_of("compiled")[name], atol=1e-5), name
-
-
 # ---- Bad input ----
 FILES = {
     "empty.txt": b"",
-    "binary.txt": b"\xff\xfea" * 50,
     "short.txt": b"too short.",
     "examples.JSONL": b"{}\n",
     "taken/" + gpt.STATE: b"not a checkpoint",
-    "old/training_state.pt": b"not a checkpoint",
 }
 BAD = [
     ("--data nowhere.txt", "nowhere.txt"),
-    ("--data old", r"no \*.txt in old"),
+    ("--data taken", r"no \*.txt in taken"),
     ("--data empty.txt", "too little text"),
-    ("--data binary.txt", "binary.txt is not UTF-8"),
     ("--data examples.JSONL", "is JSON, not text"),
     ("--data short.txt", "shorter than a window"),
     ("--n_embd 17", "not a multiple"),
@@ -883,7 +714,6 @@ BAD = [
     ("--out taken", "already holds a checkpoint: add --overwrite"),
     ("--out empty.txt/sub", "is not a folder to write to"),
     ("--resume --out nothing", "nothing to resume in nothing"),
-    ("--resume --out old", "older versions"),
     ("--resume --out taken", "can't be resumed"),
 ]
 

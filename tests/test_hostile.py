@@ -1,6 +1,5 @@
 """Files that are damaged or made to harm, and any text at all: an error line, and never code that runs."""
 
-import json
 import pickle
 import random
 import shutil
@@ -72,11 +71,9 @@ def spoil(data, chance):
         [
             data[:at],
             data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :],  # one bit
-            data[:at] + chance.randbytes(50) + data[at + 50 :],
             data[:at] + chance.randbytes(10) + data[at:],
             data[:digit] + chance.choice([b"7", b"-", b"."]) + data[digit + 1 :],  # another number
             data[:at] + bytes(200) + data[at + 200 :],
-            data + data[at:],
         ]
     )
 
@@ -95,15 +92,6 @@ def test_a_spoiled_file_is_refused_or_harmless(copies, capsys, use, name, times)
             refused += 1
             assert 0 < len(str(error)) < 1000
     assert refused > times / 10
-
-
-def test_a_config_that_asks_for_terabytes_is_refused_before_memory_is_taken(copies):
-    path = Path("model/config.json")
-    config = json.loads(path.read_text())
-    config["model"] |= {"block_size": 2**20, "n_embd": 2**16, "n_layer": 1000, "vocab_size": 2**24}
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError):
-        use_model("model")
 
 
 class Payload:
@@ -140,37 +128,5 @@ def test_any_text_round_trips_in_every_vocabulary(vocabularies, text):
     for tokenizer in vocabularies:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eot not in ids
+        assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
         assert "".join(sample.decode_stream(tokenizer, ids)) == text
-
-
-def test_a_million_characters_without_a_space_are_tokens_and_text_again(vocabularies):
-    """tiktoken alone gives up at a million spaces."""
-    text = "begin" + "é" * 10**6 + "end"
-    assert vocabularies[1].decode(vocabularies[1].encode(text)) == text
-
-
-FLOATS = st.floats(-10, 10, width=32) | st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    logits=st.lists(FLOATS, min_size=1, max_size=30),
-    temperature=st.floats(0.1, 2) | st.floats(1e-6, 1e6),
-    top_k=st.none() | st.integers(1, 10**9),
-    top_p=st.none() | st.floats(0, 1, exclude_min=True),
-)
-def test_any_valid_parameters_give_a_valid_distribution_and_token(logits, temperature, top_k, top_p):
-    gpt.check_sampling(temperature, top_k, top_p)
-    logits = torch.tensor([logits])
-    probs = gpt.next_token_probs(logits, temperature, top_k, top_p)[0]
-    token = gpt.sample_next_token(logits, temperature, top_k, top_p)
-    assert token.shape == (1, 1) and probs[token] > 0 and (probs >= 0).all() and probs.sum().isclose(torch.ones(()))
-    k = min(top_k or len(probs), len(probs))
-    exact = ((logits[0].double() - logits.max()) / temperature).softmax(-1).sort(descending=True).values[:k]
-    exact /= exact.sum()
-    kept = int((probs > 0).sum())
-    assert kept <= k
-    if top_p not in (None, 1):  # the fewest that reach p
-        assert exact[:kept].sum() >= top_p - 1e-5 and (kept == 1 or exact[: kept - 1].sum() < top_p + 1e-5)
-    whole = gpt.next_token_probs(logits, temperature)[0]
-    assert (whole[probs > 0].min() >= whole[probs == 0]).all(), "a more probable token was left out"
