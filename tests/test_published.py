@@ -92,19 +92,12 @@ def token(content=EOT, **options):
     return flags | {"content": content} | options
 
 
-def stale_vocabulary():
-    vocab = read("vocab.json")
-    edit({"vocab.json": {"he": vocab["as"], "as": vocab["he"]}})
-
-
-def fewer_merges():
+def merges(change):
     path = Path("hf/merges.txt")
-    path.write_text("\n".join(path.read_text().splitlines()[:-20]) + "\n")
+    path.write_text("\n".join(change(path.read_text().splitlines())))
 
 
 CUT = {"direction": "Right", "max_length": 3, "stride": 0, "strategy": "LongestFirst"}
-ROBERTA = {"type": "RobertaProcessing", "sep": [EOT, END], "cls": [EOT, END]}
-ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
 SAME = {  # settings that give the same ids and text
     "GPT2Tokenizer": {OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}},
     "no tokenizer.json": lambda: [remove(FULL), edit({OPTIONS: {"tokenizer_class": "GPT2Tokenizer"}})],
@@ -128,7 +121,6 @@ REFUSED = {  # the reason -> a setting that gives others
     "special_tokens_map.json (pad_token)": {MAP: {"pad_token": "!"}},
     "special_tokens_map.json (sep_token)": {MAP: {"sep_token": "<sep>"}},
     "tokenizer_config.json (bos_token)": {OPTIONS: {"bos_token": "<s>"}},
-    "tokenizer_config.json (image_token)": {OPTIONS: {"image_token": "<image>"}},
     "tokenizer_config.json (additional_special_tokens)": {OPTIONS: {"additional_special_tokens": [token("<|user|>")]}},
     "tokenizer.json (added_tokens), tokenizer_config.json (extra": lambda: saved(extra_special_tokens=["<|user|>"]),
     "tokenizer_config.json (added_tokens_decoder)": {OPTIONS: {"added_tokens_decoder": {END + 1: token("there")}}},
@@ -142,22 +134,19 @@ REFUSED = {  # the reason -> a setting that gives others
     "ends at id 104, which is 'h'": ends_at(104),
     "ends at id 50256, which no token has": lambda: [remove(GENERATION), edit({CONFIG: {"eos_token_id": ...}})],
     "its post_processor adds tokens": template(EOT, None),
-    "its post_processor adds tokens: {'type': 'Roberta": {FULL: {"post_processor": ROBERTA}},
     "add_bos_token is True": {OPTIONS: {"add_bos_token": True}},
     "add_prefix_space is True": {OPTIONS: {"add_prefix_space": True}},
     "split_special_tokens is True": {OPTIONS: {"split_special_tokens": True}},
     "its tokenizer_class is Qwen2Tokenizer": {OPTIONS: {"tokenizer_class": "Qwen2Tokenizer"}},
-    "tokenizer_class is OPTTokenizer": {
-        OPTIONS: {"tokenizer_class": ...},
-        CONFIG: {"tokenizer_class": "OPTTokenizer"},
-    },
     "its pre_tokenizer is": lambda: inside("pre_tokenizer", add_prefix_space=True),
     "its pre_tokenizer is {'type': 'Whitespace'": {FULL: {"pre_tokenizer": {"type": "Whitespace"}}},
     "its normalizer is": {FULL: {"normalizer": {"type": "Lowercase"}}},
     "its decoder is": {FULL: {"decoder": {"type": "Fuse"}}},
     "its dropout is 0.5": lambda: inside("model", dropout=0.5),
-    "disagrees with vocab.json": stale_vocabulary,
-    "disagrees with vocab.json and merges.txt": fewer_merges,
+    "disagrees with vocab.json and merges.txt": lambda: merges(lambda lines: lines[:-20]),
+    "its merges are not in the order of their ids": lambda: [remove(FULL), merges(lambda lines: lines[::-1])],
+    "two of its tokens have the same id": lambda: [remove(FULL), edit({"vocab.json": {EOT: 7}})],
+    "no merge makes its token 'word'": lambda: [remove(FULL), edit({"vocab.json": {"word": END + 1}})],
     "its prefix is 'So,'": {CONFIG: {"prefix": "So,"}},
 }
 SETTINGS = SAME | REFUSED
