@@ -103,6 +103,7 @@ FORMS = {
     "no prefix, and masks": without_prefix,
     "a pickle": lambda folder, model: as_pickle(folder, model.state_dict()),
     "an old pickle": lambda folder, model: as_pickle(folder, model.state_dict(), _use_new_zipfile_serialization=False),
+    "float64": lambda folder, model: put(folder, "transformer.ln_f.bias", model.transformer.ln_f.bias.double()),
     "the head twice": lambda folder, model: put(folder, "lm_head.weight", model.lm_head.weight.data.clone()),
     "the GELU's other name": lambda folder, _: edit(folder / "config.json", activation_function="gelu_pytorch_tanh"),
     "the MLP's width": lambda folder, model: edit(folder / "config.json", n_inner=64),
@@ -121,12 +122,6 @@ def assert_equal_weights(ours, reference):
 def test_every_form_gives_the_same_model(origin, hf, form):
     FORMS[form](hf, origin[1])
     assert_equal_weights(converted(), origin[1])
-
-
-def test_bfloat16_files_become_the_same_numbers_in_float32():
-    reference = published("hf").bfloat16()
-    reference.save_pretrained("hf")
-    assert_equal_weights(converted(), reference)
 
 
 # ---- What computes something else, or is damaged, is refused by name ----
@@ -155,9 +150,7 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "ln_f.bias holds numbers": lambda hf: put(hf, "transformer.ln_f.bias", torch.full((16,), torch.nan)),
     "its head is not tied": lambda hf: put(hf, "lm_head.weight", torch.ones(257, 16)),
     "model.safetensors is damaged": lambda hf: os.truncate(hf / "model.safetensors", 5000),
-    "h.0.attn.c_attn.bias, not h.0.attn.c_attn.bias; .*: save the model inside": lambda hf: rename(
-        hf, "module.{}".format
-    ),
+    "module.*c_attn.bias, not h.0.attn.c_attn.bias; .*: save": lambda hf: rename(hf, "module.{}".format),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
     "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
     "has no merges.txt": lambda hf: (hf / "merges.txt").unlink(),
@@ -252,16 +245,8 @@ LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a downloa
 SMALL = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
-class Hub(ThreadingHTTPServer):
-    """`trouble` has an entry for each request for the file `victim`: a status, or what goes wrong with the content."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.seen, self.trouble, self.victim = {}, [], [], "model.safetensors"
-
-
 class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    """`trouble` has an entry for each request for the file `victim`: a status, or what goes wrong with the content."""
 
     def log_message(self, *args):
         pass
@@ -292,7 +277,6 @@ class Answer(BaseHTTPRequestHandler):
             return self.reply(416)
         sent = body[start:-1] + b"x" if trouble == "wrong" else body[start:]
         if trouble in ("cut", "stall"):
-            self.close_connection = True
             sent = sent[: len(sent) // 2]
         self.reply(206 if start else 200, sent, len(body) - start)
         if trouble == "stall":
@@ -301,9 +285,10 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, origin):
-    with Hub() as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         server.files = {name: (origin[0] / name).read_bytes() for name in SMALL} | {"model.safetensors": LARGE}
+        server.seen, server.trouble, server.victim = [], [], "model.safetensors"
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(convert_gpt2, "TIMEOUT", (2, 0.5))
@@ -362,8 +347,7 @@ def test_a_part_of_another_version_or_longer_than_the_file_is_never_completed(hu
 
 WRONG = [
     (["wrong"], "the checksum of model.safetensors differs"),
-    (["cut"] * 99, "the connection broke 10 times: run the same command to resume"),
-    ([500] * 9, "500 Server Error"),
+    (["cut"] * 99, "the connection broke 10 times: run the same command to resume.* You can also save config.json"),
     ([401], "is not public, or not there: check the name, or set HF_TOKEN"),
     (["page"], "the answer is a web page"),
 ]
@@ -382,8 +366,3 @@ def test_what_is_not_there_or_not_gpt2_is_refused_at_the_first_request(hub):
     refused("has no config.json in refs/pr/1", download, "owner/name", "refs/pr/1")
     refused("its model_type is 'llama'", download)
     assert len(hub.seen) == 3 and "/resolve/refs%2Fpr%2F1/config.json" in hub.seen[1][0]
-
-
-def test_without_a_network_the_error_says_how_to_fetch_by_hand(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    refused("no connection.* save config.json.* from https://huggingface.co/openai", download, "gpt2")
