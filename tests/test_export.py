@@ -16,22 +16,24 @@ from extras import export, published
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-RANKS = gpt.Tokenizer.bpe([PROSE], 400).ranks
+BYTES = gpt.Tokenizer.bytes()
+BPE = gpt.Tokenizer.bpe([PROSE], 500)
 TOKENIZERS = {
-    "bytes": gpt.Tokenizer.bytes(),
-    "bpe": gpt.Tokenizer.bpe([PROSE], 500),
-    "two merges make a token": gpt.Tokenizer(
-        gpt.Tokenizer.bytes().ranks | {b"bc": 256, b"ab": 257, b"abc": 258}, "bpe"
-    ),
-    "end of text in front": gpt.Tokenizer({token: i + 1 for token, i in RANKS.items()}, "bpe", 0),
+    "bytes": BYTES,
+    "bpe": BPE,
+    "two merges make a token": gpt.Tokenizer(BYTES.ranks | {b"bc": 256, b"ab": 257, b"abc": 258}, "bpe"),
+    "end of text in front": gpt.Tokenizer({token: i + 1 for token, i in BPE.ranks.items()}, "bpe", 0),
+    "an end of its own": gpt.Tokenizer(BPE.ranks | {gpt.EOT.encode(): BPE.eot}, "bpe", BPE.eot + 1),
 }
+OWN_END = {"<|end|>": BPE.eot + 1, gpt.EOT: BPE.eot}
 
 
-def checkpoint(tokenizer=TOKENIZERS["bytes"], unused=0, **shape):
+def checkpoint(tokenizer=BYTES, unused=0, **shape):
     """The checkpoint `ours`, with rows of the embedding that no token has."""
     shape = {"block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32} | shape
     model = enlarge(gpt.GPT(gpt.GPTConfig(vocab_size=tokenizer.vocab_size + unused, **shape)))
-    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True)
+    special = {"special_tokens": OWN_END} if gpt.EOT.encode() in tokenizer.ranks else {}
+    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, **special)
     return model
 
 
@@ -65,11 +67,10 @@ def test_the_natural_calls_of_transformers_stay_within_the_context():
     checkpoint()
     to_hf()
     pipe = transformers.pipeline("text-generation", model="theirs", device="cpu")
-    text = pipe("The import")[0]["generated_text"]
-    assert text.startswith("The import") and pipe.tokenizer.model_max_length == 32
+    assert pipe("The import")[0]["generated_text"].startswith("The import")
+    assert pipe.tokenizer.model_max_length == 32
     ids = pipe.tokenizer("The import", return_tensors="pt")
     assert pipe.model.generate(**ids).shape[1] <= 32
-    assert pipe.model.generate(**ids, max_new_tokens=5).shape[1] <= 15
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -103,23 +104,6 @@ def test_there_and_back_is_bit_exact(kind):
     assert all(ours[key] == back[key] for key in ("model", "tokenizer", "eot", "special_tokens"))
 
 
-def test_an_end_of_text_of_its_own_comes_back_too():
-    """GPT-2's end of text is then a token that no text gives."""
-    ranks = TOKENIZERS["bpe"].ranks
-    tokenizer = gpt.Tokenizer(ranks | {gpt.EOT.encode(): len(ranks)}, "bpe", len(ranks) + 1)
-    model = checkpoint(tokenizer)
-    special = {"<|end|>": tokenizer.eot, gpt.EOT: len(ranks)}
-    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, special_tokens=special)
-    to_hf()
-    theirs = transformers.AutoTokenizer.from_pretrained("theirs")
-    assert theirs.eos_token == "<|end|>" and theirs("<|end|><|endoftext|>")["input_ids"] == [*special.values()]
-    convert_gpt2.main(["theirs", "--out", "back"])
-    assert gpt.load_checkpoint("back")[1].dumps() == tokenizer.dumps()
-    assert json.loads(Path("back/config.json").read_text())["special_tokens"] == special
-    fields, _ = to_gguf()
-    assert [fields["tokenizer.ggml.tokens"][i] for i in special.values()] == [*special]
-
-
 def llama_name(name):
     """What llama.cpp calls one of our parameters, written down independently of extras.export."""
     table = "transformer.h=blk transformer.wte=token_embd transformer.wpe=position_embd transformer.ln_f=output_norm "
@@ -145,7 +129,7 @@ def test_gguf_holds_the_weights(dtype, precision):
 
 
 def test_gguf_holds_the_shape_and_the_vocabulary():
-    tokenizer = TOKENIZERS["bpe"]
+    tokenizer = BPE
     model = checkpoint(tokenizer, unused=12)
     fields, _ = to_gguf()
     shape = {"context_length": 32, "embedding_length": 32, "feed_forward_length": 128, "block_count": 2}

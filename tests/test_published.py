@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -175,11 +176,12 @@ def test_a_setting_that_changes_ids_or_the_end_is_refused_by_name(hf, setting):
     assert not Path("ours").exists()
 
 
-PAIRS = [(first, second) for i, first in enumerate(SETTINGS) for second in [*SETTINGS][i + 1 :]]
-MARKED = [pytest.param(*pair, marks=[] if i % 53 == 0 else pytest.mark.slow) for i, pair in enumerate(PAIRS)]
+PAIRS = [*combinations(SETTINGS, 2)]
+FAST = PAIRS[::53]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in FAST]
 
 
-@pytest.mark.parametrize(("first", "second"), MARKED)
+@pytest.mark.parametrize(("first", "second"), FAST + SLOW)
 def test_two_settings_are_refused_or_change_nothing(hf, first, second):
     for setting in (first, second):
         with contextlib.suppress(Exception):  # one may have removed the other's file, or be wrong for transformers
