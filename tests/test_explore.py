@@ -54,11 +54,11 @@ def seen_by_transformers(theirs, ids):
         block.mlp.register_forward_hook(lambda _, given, out: mlp.append(out))
     trunk.ln_f.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
     out = theirs.eval()(torch.tensor([ids]), output_attentions=True)
-    found = {"logits": out.logits[0], "attention": torch.cat(out.attentions), "stream_norm": torch.cat(streams)}
-    found |= {"attention_norm": torch.cat(attention), "mlp_norm": torch.cat(mlp)}
-    said = theirs.lm_head(trunk.ln_f(found["stream_norm"])).softmax(-1).topk(3)  # (L + 1, T, 3)
-    norms = {key: x.norm(dim=-1) for key, x in found.items() if key.endswith("norm")}
-    return found | norms | {"lens_ids": said.indices, "lens_probs": said.values}
+    stream = torch.cat(streams)  # (L + 1, T, C)
+    said = theirs.lm_head(trunk.ln_f(stream)).softmax(-1).topk(3)  # (L + 1, T, 3)
+    found = {"logits": out.logits[0], "attention": torch.cat(out.attentions)}
+    found |= {"lens_ids": said.indices, "lens_probs": said.values, "stream_norm": stream.norm(dim=-1)}
+    return found | {"attention_norm": torch.cat(attention).norm(dim=-1), "mlp_norm": torch.cat(mlp).norm(dim=-1)}
 
 
 def check_page(data, seen):
