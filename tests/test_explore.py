@@ -303,21 +303,14 @@ def test_keys_clicks_and_the_pointer_choose_tokens_blocks_and_heads(mine, browse
     assert browser.run(pixel.format(2, 7)) > 0 == browser.run(pixel.format(7, 2)), "the mask's triangle stays empty"
 
 
-GROUPS = ["diagram"] * 6 + ["token-list", "block", "head", "attention-list", "heads"]
-GROUPS += ["temperature", "top-k", "top-p", "blocks"]
-
-
 @needs_browser
-def test_everything_has_a_name_for_screen_readers_and_tab_stops_once_a_group(mine, browser):
-    page("--prompt", "to be or not", "--max_new_tokens", 3)
+def test_everything_has_a_name_for_screen_readers(mine, browser):
+    page("--prompt", "to be or not")
     browser.open()
     nodes = [node for node in browser.call("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
     for role in ("button", "link", "slider", "image", "group", "navigation", "region", "table", "list"):
         names = [node["name"]["value"] for node in nodes if node["role"]["value"] == role]
         assert names and all(names), role
-    for group in GROUPS:
-        browser.press("Tab")
-        assert browser.run("(({ id, parentNode }) => id || parentNode.id)(document.activeElement)") == group
 
 
 @needs_browser
