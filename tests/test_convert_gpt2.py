@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, published, run_main
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import PROSE, parameters_of, published, run_main
 from safetensors.torch import load_file, save_file
 
 import convert_gpt2
@@ -49,6 +47,11 @@ def put(folder, name, tensor):
     """Replace or add a tensor in model.safetensors, or remove it."""
     tensors = load_file(folder / "model.safetensors") | {name: tensor}
     save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
+
+
+def rename(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({change(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def as_pickle(folder, content, **options):
@@ -89,11 +92,10 @@ def test_a_shorter_context_keeps_the_first_positions(origin):
 
 
 # ---- The forms that weights come in ----
-def without_prefix(folder, model):
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    masks = {f"h.{i}.attn.{name}": torch.ones(32, 32) for i in range(2) for name in ("bias", "masked_bias")}
-    save_file(tensors | masks, folder / "model.safetensors")
+def without_prefix(folder, _):
+    rename(folder, lambda name: name.removeprefix("transformer."))
+    for name in ("h.0.attn.bias", "h.1.attn.masked_bias"):
+        put(folder, name, torch.ones(32, 32))
 
 
 FORMS = {
@@ -101,6 +103,7 @@ FORMS = {
     "no prefix, and masks": without_prefix,
     "a pickle": lambda folder, model: as_pickle(folder, model.state_dict()),
     "an old pickle": lambda folder, model: as_pickle(folder, model.state_dict(), _use_new_zipfile_serialization=False),
+    "float64": lambda folder, model: put(folder, "transformer.ln_f.bias", model.transformer.ln_f.bias.double()),
     "the head twice": lambda folder, model: put(folder, "lm_head.weight", model.lm_head.weight.data.clone()),
     "the GELU's other name": lambda folder, _: edit(folder / "config.json", activation_function="gelu_pytorch_tanh"),
     "the MLP's width": lambda folder, model: edit(folder / "config.json", n_inner=64),
@@ -108,8 +111,8 @@ FORMS = {
 }
 
 
-def assert_equal_weights(ours, reference):
-    ours = dict(ours.named_parameters())
+def assert_equal_weights(folder, reference):
+    ours = parameters_of(folder)
     for name, theirs in reference.named_parameters():
         theirs = theirs.T if name.endswith(convert_gpt2.TRANSPOSED) else theirs
         assert ours[name].dtype == torch.float32 and torch.equal(ours[name], theirs.float()), name
@@ -118,13 +121,8 @@ def assert_equal_weights(ours, reference):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_model(origin, hf, form):
     FORMS[form](hf, origin[1])
-    assert_equal_weights(converted(), origin[1])
-
-
-def test_bfloat16_files_become_the_same_numbers_in_float32():
-    reference = published("hf").bfloat16()
-    reference.save_pretrained("hf")
-    assert_equal_weights(converted(), reference)
+    converted()
+    assert_equal_weights("ours", origin[1])
 
 
 # ---- What computes something else, or is damaged, is refused by name ----
@@ -143,13 +141,8 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "its n_inner is 32": {"n_inner": 32},
     "its model_type is 'llama', and ours is 'gpt2'": {"model_type": "llama"},
     "its quantization_config is": {"quantization_config": {"bits": 4}},
-    "its auto_map is": {"auto_map": {"AutoModel": "model.Model"}},
     "n_layer is '2', and must be a whole number": {"n_layer": "2"},
-    r"h.0.ln_1.bias is \(16,\), not \(768,\)": {"n_embd": None},  # GPT-2's
-    "resid_pdrop is '0.1', not a number": {"resid_pdrop": "0.1"},
-    r"wte.weight is \(257, 16\), not \(300, 16\)": {"vocab_size": 300},
     "257 tokens are more than the model's vocab_size": {"vocab_size": 200},
-    "the weights do not fit config.json": {"n_embd": 2**16, "n_layer": 99},
     "h.1.ln_1.bias is missing": lambda hf: put(hf, "transformer.h.1.ln_1.bias", None),
     "score.weight is not GPT-2's": lambda hf: put(hf, "score.weight", torch.ones(2, 16)),
     r"\(64, 16\), not \(16, 64\)": lambda hf: put(hf, "transformer.h.0.mlp.c_fc.weight", torch.ones(64, 16)),
@@ -157,21 +150,13 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "ln_f.bias holds numbers": lambda hf: put(hf, "transformer.ln_f.bias", torch.full((16,), torch.nan)),
     "its head is not tied": lambda hf: put(hf, "lm_head.weight", torch.ones(257, 16)),
     "model.safetensors is damaged": lambda hf: os.truncate(hf / "model.safetensors", 5000),
-    "h.0.attn.c_attn.bias, not h.0.attn.c_attn.bias; .*: save the model inside": lambda hf: wrap(hf, "module."),
+    "module.*c_attn.bias, not h.0.attn.c_attn.bias; .*: save": lambda hf: rename(hf, "module.{}".format),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
-    "has no config.json": lambda hf: (hf / "config.json").unlink(),
     "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
     "has no merges.txt": lambda hf: (hf / "merges.txt").unlink(),
     "has no vocab.json or": lambda hf: [(hf / name).unlink() for name in ("vocab.json", "tokenizer.json")],
-    "bin holds other things than tensors, .* AttributeError": lambda hf: as_pickle(hf, [1, 2]),
-    "bin holds other things than tensors, .* UnpicklingError": lambda hf: as_pickle(hf, {"wte.weight": Payload()}),
+    "bin holds other things than tensors": lambda hf: as_pickle(hf, {"wte.weight": Payload()}),
 }
-
-
-def wrap(folder, prefix):
-    """The names that a model has inside a wrapper, as DataParallel's module. and torch.compile's _orig_mod."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -182,14 +167,12 @@ def test_what_is_not_gpt2_or_damaged_is_refused_by_name_and_no_pickle_runs_code(
     assert not os.path.exists("ours") and not os.path.exists("executed")
 
 
-FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
-FILES += ["merges.txt", "model.safetensors", "pytorch_model.bin"]
+SMALL = ["config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*SMALL, "model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs_is_recognized_in_every_file(hf, name):
-    if name.endswith(".bin"):
-        (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors").unlink()
     (hf / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000\n")
     refused(f"{name} is a pointer of git-lfs, not the file: run `git lfs pull` in hf", converted)
 
@@ -203,30 +186,17 @@ def test_a_missing_size_is_gpt2s_and_other_names_are_understood(capsys):
 
 
 # ---- Vocabularies ----
-def trained_by_tokenizers(folder, specials):
-    """vocab.json and merges.txt, learned by the tokenizers library -> its encoder."""
+def test_a_vocabulary_learned_by_another_library_gives_the_same_tokens(tmp_path):
     from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([PROSE], vocab_size=400, special_tokens=specials, min_frequency=1)
-    tokenizer.save_model(str(folder))
-    return ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    theirs = trained_by_tokenizers(folder, ["<|endoftext|>"])
-    edit(folder / "vocab.json", **{"<pad>": 400})  # further special tokens may follow
-    return convert_gpt2.read_tokenizer(folder)[0], theirs
-
-
-@given(text=st.text() | st.text(alphabet="the quick fox's 12 \n\t=-é🎉", max_size=200))
-def test_a_vocabulary_that_begins_with_the_end_of_text_gives_the_same_tokens(encoders, text):
-    ours, theirs = encoders
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator([PROSE], vocab_size=400, special_tokens=[gpt.EOT], min_frequency=1)
+    theirs.save_model(str(tmp_path))
+    ours, _ = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.eot == 0 and ours.vocab_size == theirs.get_vocab_size()
-    assert ours.encode(text) == theirs.encode(text).ids
-    assert ours.decode(ours.encode(text)) == text
+    for text in (PROSE, "the quick fox's  12\n\t=-é🎉", " words repeated", "\u3000日 本"):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
 
 
 def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary):
@@ -238,42 +208,13 @@ def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary
     assert ours.ranks == gpt2_vocabulary.ranks and ours.eot == gpt2_vocabulary.eot == 50256
 
 
-@pytest.mark.parametrize("specials", [["<s>", "<pad>", "</s>"], [], ["<pad>"]], ids=str)
-def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path, specials):
-    trained_by_tokenizers(tmp_path, specials)
-    refused("the vocabulary has no <|endoftext|>", convert_gpt2.read_tokenizer, tmp_path)
-    if specials:  # but it may have another name
-        named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials[-1])
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-        tokenizer, special = convert_gpt2.read_tokenizer(tmp_path, end=len(specials) - 1)
-        assert special == {specials[-1]: len(specials) - 1} and tokenizer.eot == len(specials) - 1
-        assert tokenizer.decode(range(tokenizer.eot)) == "".join(specials[:-1]), "the others are decoded as their names"
-
-
-VOCABULARY_DAMAGE = [{"A": None}, {"A": 1}, {"A": [7]}, {"A": 34.0}, {"<|endoftext|>": 400}, "reversed", "日 本\n"]
-
-
-@pytest.mark.parametrize("damage", VOCABULARY_DAMAGE, ids=str)
-def test_a_damaged_vocabulary_is_refused(tmp_path, damage):
-    trained_by_tokenizers(tmp_path, ["<|endoftext|>"])
-    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    if isinstance(damage, dict):
-        edit(tmp_path / "vocab.json", **damage)
-    else:
-        merges = merges[::-1] if damage == "reversed" else [*merges, damage]
-        (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-    refused("the vocabulary is not GPT-2's", convert_gpt2.read_tokenizer, tmp_path)
-
-
 # ---- The command ----
 def test_the_command_replaces_a_run_by_a_checkpoint_that_needs_no_network(hf, capsys, monkeypatch):
     Path("checkpoints/hf").mkdir(parents=True)
     for name in ("training_state.safetensors", "log.csv", "loss.png", "config.json"):
         Path("checkpoints/hf", name).write_text("old")
     convert_gpt2.main(["hf", "--overwrite"])
-    out, err = capsys.readouterr()
-    assert "checkpoints/hf: 11,216 parameters, context 32, vocabulary 257\n" in out
-    assert "guessing: ln 257 = 5.55" in out and "--model hf" in err
+    assert "checkpoints/hf: 11,216 parameters, context 32, vocabulary 257\n" in capsys.readouterr().out
     assert sorted(os.listdir("checkpoints/hf")) == ["config.json", "model.safetensors", "tokenizer.tiktoken"]
     monkeypatch.setattr(socket, "socket", None)
     assert gpt.load_checkpoint("hf")[1].encode("a") == [97]
@@ -281,9 +222,7 @@ def test_the_command_replaces_a_run_by_a_checkpoint_that_needs_no_network(hf, ca
 
 BAD = {
     "hf --block_size 33": "expected 1 to the model's context, 32",
-    "hf --revision v2": "--revision goes with a model on the hub",
     "hf --out hf --overwrite": "holds the published files: choose another --out",
-    "hf --out file --overwrite": "choose another --out",
     "gpt2 --out hf": "already holds a checkpoint: add --overwrite",  # before anything is downloaded
     "nonsense": "is neither a folder nor owner/name nor one of gpt2",
 }
@@ -292,7 +231,6 @@ BAD = {
 @pytest.mark.parametrize("argv", BAD)
 def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkeypatch, capsys):
     monkeypatch.setattr(convert_gpt2.requests, "Session", None)
-    Path("file").write_text("mine")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     run_main(convert_gpt2.main, *argv.split(), expect=2)
     error = capsys.readouterr().err
@@ -302,19 +240,10 @@ def test_bad_input_is_one_line_and_status_2_and_changes_nothing(hf, argv, monkey
 
 # ---- The download, from a server that answers as huggingface.co does, and makes trouble ----
 LARGE = bytes(range(251)) * 2000  # half a megabyte: several blocks of a download
-SMALL = ("config.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-
-
-class Hub(ThreadingHTTPServer):
-    """`trouble` has an entry for each request for the file `victim`: a status, or what goes wrong with the content."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.seen, self.trouble, self.victim = {}, [], [], "model.safetensors"
 
 
 class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    """`trouble` has an entry for each request for the file `victim`: a status, or what goes wrong with the content."""
 
     def log_message(self, *args):
         pass
@@ -329,8 +258,6 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, (host, _, name) = self.server, self.path[1:].rpartition("/")
         hub.seen.append((self.path, self.headers))
-        if host.startswith("old/"):  # a repository that was renamed
-            return self.reply(307, Location=self.path.replace("/old/gpt2", "/owner/name"))
         body = hub.files.get(name)
         if host not in ("owner/name/resolve/main", "cdn") or body is None:
             return self.reply(404)
@@ -339,7 +266,7 @@ class Answer(BaseHTTPRequestHandler):
             return self.reply(302, Location=location, X_Linked_Etag=etag)
         trouble = hub.trouble.pop(0) if hub.trouble and name == hub.victim else None
         if isinstance(trouble, int):
-            return self.reply(trouble, Retry_After="1" if trouble == 429 else "0")
+            return self.reply(trouble, Retry_After="0")
         if trouble == "page":
             return self.reply(200, b"<!DOCTYPE html>", Content_Type="text/html; charset=utf-8")
         start = int((self.headers["Range"] or "bytes=0-")[6:-1]) if trouble != "ranges ignored" else 0
@@ -347,7 +274,6 @@ class Answer(BaseHTTPRequestHandler):
             return self.reply(416)
         sent = body[start:-1] + b"x" if trouble == "wrong" else body[start:]
         if trouble in ("cut", "stall"):
-            self.close_connection = True
             sent = sent[: len(sent) // 2]
         self.reply(206 if start else 200, sent, len(body) - start)
         if trouble == "stall":
@@ -356,9 +282,10 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, origin):
-    with Hub() as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         server.files = {name: (origin[0] / name).read_bytes() for name in SMALL} | {"model.safetensors": LARGE}
+        server.seen, server.trouble, server.victim = [], [], "model.safetensors"
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(convert_gpt2, "TIMEOUT", (2, 0.5))
@@ -373,32 +300,26 @@ def download(name="owner/name", revision="main"):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_files_are_downloaded_once_and_give_the_same_model(hub, origin):
+def test_files_are_downloaded_once_and_the_token_goes_to_the_hub_alone(hub, origin, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     hub.files["model.safetensors"] = (origin[0] / "model.safetensors").read_bytes()
     convert_gpt2.main(["owner/name", "--out", "downloaded"])
+    assert_equal_weights("downloaded", origin[1])
+    tokens = {path.split("/")[1]: headers["Authorization"] for path, headers in hub.seen}
+    assert tokens == {"owner": "Bearer hf_secret", "cdn": None}
     requests = len(hub.seen)
     convert_gpt2.main(["owner/name", "--out", "again"])
     assert len(hub.seen) == requests
-    assert_equal_weights(gpt.load_checkpoint("downloaded")[0], origin[1])
 
 
-def test_a_renamed_repository_and_another_host_are_followed_without_the_token(hub, monkeypatch):
-    monkeypatch.setitem(convert_gpt2.NAMES, "gpt2", "old/gpt2")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
-    assert download("gpt2") == hub.files
-    tokens = {path.split("/")[1]: headers["Authorization"] for path, headers in hub.seen}
-    assert tokens == {"old": "Bearer hf_secret", "owner": "Bearer hf_secret", "cdn": None}
-
-
-TROUBLE = [[429], [500, 503], [408], ["cut", "cut"], ["stall"], ["cut", "ranges ignored"], ["cut", 500, "cut"]]
+TROUBLE = [[429], [500, 503], ["stall"], ["cut", "ranges ignored"], ["cut", 500, "cut"]]
 
 
 @pytest.mark.parametrize("trouble", TROUBLE, ids=str)
 @pytest.mark.parametrize("victim", ["model.safetensors", "merges.txt"])
 def test_the_file_is_right_in_the_end(hub, trouble, victim):
-    hub.trouble, hub.victim, started = list(trouble), victim, time.monotonic()
+    hub.trouble, hub.victim = list(trouble), victim
     assert download() == hub.files and not hub.trouble
-    assert time.monotonic() - started > 1 or trouble != [429], "Retry-After"
 
 
 def test_a_broken_download_is_resumed_even_by_a_later_run(hub):
@@ -423,8 +344,7 @@ def test_a_part_of_another_version_or_longer_than_the_file_is_never_completed(hu
 
 WRONG = [
     (["wrong"], "the checksum of model.safetensors differs"),
-    (["cut"] * 99, "the connection broke 10 times: run the same command to resume"),
-    ([500] * 9, "500 Server Error"),
+    (["cut"] * 99, "the connection broke 10 times: run the same command to resume.* You can also save config.json"),
     ([401], "is not public, or not there: check the name, or set HF_TOKEN"),
     (["page"], "the answer is a web page"),
 ]
@@ -443,9 +363,3 @@ def test_what_is_not_there_or_not_gpt2_is_refused_at_the_first_request(hub):
     refused("has no config.json in refs/pr/1", download, "owner/name", "refs/pr/1")
     refused("its model_type is 'llama'", download)
     assert len(hub.seen) == 3 and "/resolve/refs%2Fpr%2F1/config.json" in hub.seen[1][0]
-
-
-@pytest.mark.parametrize(("endpoint", "reason"), [("http://127.0.0.1:9", "no connection"), ("nowhere", "Invalid URL")])
-def test_without_a_network_the_error_says_how_to_fetch_by_hand(hub, endpoint, reason, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    refused(f"{reason}.* save config.json.* from https://huggingface.co/openai", download, "gpt2")

@@ -1,11 +1,10 @@
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, enlarge, parameters_of
+from conftest import PROSE, enlarge, parameters_of, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,22 +15,24 @@ from extras import export, published
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-RANKS = gpt.Tokenizer.bpe([PROSE], 400).ranks
+BYTES = gpt.Tokenizer.bytes()
+BPE = gpt.Tokenizer.bpe([PROSE], 500)
 TOKENIZERS = {
-    "bytes": gpt.Tokenizer.bytes(),
-    "bpe": gpt.Tokenizer.bpe([PROSE], 500),
-    "two merges make a token": gpt.Tokenizer(
-        gpt.Tokenizer.bytes().ranks | {b"bc": 256, b"ab": 257, b"abc": 258}, "bpe"
-    ),
-    "end of text in front": gpt.Tokenizer({token: i + 1 for token, i in RANKS.items()}, "bpe", 0),
+    "bytes": BYTES,
+    "bpe": BPE,
+    "two merges make a token": gpt.Tokenizer(BYTES.ranks | {b"bc": 256, b"ab": 257, b"abc": 258}, "bpe"),
+    "end of text in front": gpt.Tokenizer({token: i + 1 for token, i in BPE.ranks.items()}, "bpe", 0),
+    "an end of its own": gpt.Tokenizer(BPE.ranks | {gpt.EOT.encode(): BPE.eot}, "bpe", BPE.eot + 1),
 }
+OWN_END = {"<|end|>": BPE.eot + 1, gpt.EOT: BPE.eot}
 
 
-def checkpoint(tokenizer=TOKENIZERS["bytes"], unused=0, **shape):
+def checkpoint(tokenizer=BYTES, unused=0, **shape):
     """The checkpoint `ours`, with rows of the embedding that no token has."""
     shape = {"block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32} | shape
     model = enlarge(gpt.GPT(gpt.GPTConfig(vocab_size=tokenizer.vocab_size + unused, **shape)))
-    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True)
+    special = {"special_tokens": OWN_END} if gpt.EOT.encode() in tokenizer.ranks else {}
+    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, **special)
     return model
 
 
@@ -47,22 +48,12 @@ def to_gguf(dtype="float32"):
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def refused(capsys, *argv):
-    """The error line of a command that exits with status 2."""
-    with pytest.raises(SystemExit) as end:
-        export.main([*argv])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 @torch.no_grad()
 def test_transformers_computes_the_same_logits():
     tokenizer = TOKENIZERS["end of text in front"]
     model = checkpoint(tokenizer, unused=3)
     to_hf()
     theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs")
-    assert type(theirs).__name__ == "GPT2LMHeadModel" and theirs.dtype == torch.float32
     idx = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     exact = theirs.double()(idx).logits
     assert (model(idx)[0] - exact).abs().max() / exact.abs().max() < 1e-5
@@ -74,11 +65,10 @@ def test_the_natural_calls_of_transformers_stay_within_the_context():
     checkpoint()
     to_hf()
     pipe = transformers.pipeline("text-generation", model="theirs", device="cpu")
-    text = pipe("The import")[0]["generated_text"]
-    assert text.startswith("The import") and pipe.tokenizer.model_max_length == 32
+    assert pipe("The import")[0]["generated_text"].startswith("The import")
+    assert pipe.tokenizer.model_max_length == 32
     ids = pipe.tokenizer("The import", return_tensors="pt")
     assert pipe.model.generate(**ids).shape[1] <= 32
-    assert pipe.model.generate(**ids, max_new_tokens=5).shape[1] <= 15
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -112,23 +102,6 @@ def test_there_and_back_is_bit_exact(kind):
     assert all(ours[key] == back[key] for key in ("model", "tokenizer", "eot", "special_tokens"))
 
 
-def test_an_end_of_text_of_its_own_comes_back_too():
-    """GPT-2's end of text is then a token that no text gives, and the end has another id and name."""
-    ranks = TOKENIZERS["bpe"].ranks
-    tokenizer = gpt.Tokenizer(ranks | {gpt.EOT.encode(): len(ranks)}, "bpe", len(ranks) + 1)
-    model = checkpoint(tokenizer)
-    special = {"<|end|>": tokenizer.eot, gpt.EOT: len(ranks)}
-    gpt.save_checkpoint("ours", model, tokenizer, overwrite=True, special_tokens=special)
-    to_hf()
-    theirs = transformers.AutoTokenizer.from_pretrained("theirs")
-    assert theirs.eos_token == "<|end|>" and theirs("<|end|><|endoftext|>")["input_ids"] == [*special.values()]
-    convert_gpt2.main(["theirs", "--out", "back"])
-    assert gpt.load_checkpoint("back")[1].dumps() == tokenizer.dumps()
-    assert json.loads(Path("back/config.json").read_text())["special_tokens"] == special
-    fields, _ = to_gguf()
-    assert [fields["tokenizer.ggml.tokens"][i] for i in special.values()] == [*special]
-
-
 def llama_name(name):
     """What llama.cpp calls one of our parameters, written down independently of extras.export."""
     table = "transformer.h=blk transformer.wte=token_embd transformer.wpe=position_embd transformer.ln_f=output_norm "
@@ -154,8 +127,7 @@ def test_gguf_holds_the_weights(dtype, precision):
 
 
 def test_gguf_holds_the_shape_and_the_vocabulary():
-    tokenizer = TOKENIZERS["bpe"]
-    model = checkpoint(tokenizer, unused=12)
+    tokenizer, model = BPE, checkpoint(BPE, unused=12)
     fields, _ = to_gguf()
     shape = {"context_length": 32, "embedding_length": 32, "feed_forward_length": 128, "block_count": 2}
     shape |= {"attention.head_count": 4, "attention.layer_norm_epsilon": pytest.approx(1e-5)}
@@ -198,20 +170,13 @@ def test_llama_cpp_computes_the_same(dtype, tolerance):
     assert theirs.token_eos() == tokenizer.eot
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch, capsys):
-    checkpoint()
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install gguf" in refused(capsys, "ours", "--format", "gguf", "--out", "theirs.gguf")
-
-
 @pytest.mark.parametrize(("kind", "out"), [("hf", "folder"), ("gguf", "file")])
-def test_what_exists_is_only_overwritten_when_asked_and_a_checkpoint_never(kind, out, capsys):
+def test_what_exists_is_only_overwritten_when_asked_and_a_checkpoint_never(kind, out):
     checkpoint()
     Path("file").write_text("mine")
     Path("folder").mkdir()
     Path("folder/file").write_text("mine")
-    assert f"{out} already exists: add --overwrite" in refused(capsys, "ours", "--format", kind, "--out", out)
+    run_main(export.main, "ours", "--format", kind, "--out", out, expect=2)
     assert Path("file").read_text() == Path("folder/file").read_text() == "mine"
     export.main(["ours", "--format", kind, "--out", out, "--overwrite"])
-    capsys.readouterr()
-    assert "ours is a checkpoint" in refused(capsys, "ours", "--format", kind, "--out", "ours", "--overwrite")
+    run_main(export.main, "ours", "--format", kind, "--out", "ours", "--overwrite", expect=2)
