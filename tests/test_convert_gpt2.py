@@ -218,7 +218,7 @@ def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     theirs = trained_by_tokenizers(folder, ["<|endoftext|>"])
     edit(folder / "vocab.json", **{"<pad>": 400})  # further special tokens may follow
-    return convert_gpt2.read_tokenizer(folder)[0], theirs
+    return convert_gpt2.read_tokenizer(folder), theirs
 
 
 @given(text=st.text() | st.text(alphabet="the quick fox's 12 \n\t=-é🎉", max_size=200))
@@ -234,7 +234,7 @@ def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary
     cached = [path.read_bytes() for path in Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")).glob("*")]
     for content in cached or pytest.skip("tiktoken keeps no copy here"):
         (tmp_path / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
-    ours, _ = convert_gpt2.read_tokenizer(tmp_path)
+    ours = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.ranks == gpt2_vocabulary.ranks and ours.eot == gpt2_vocabulary.eot == 50256
 
 
@@ -245,8 +245,8 @@ def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path, specials):
     if specials:  # but it may have another name
         named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials[-1])
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-        tokenizer, special = convert_gpt2.read_tokenizer(tmp_path, end=len(specials) - 1)
-        assert special == {specials[-1]: len(specials) - 1} and tokenizer.eot == len(specials) - 1
+        tokenizer = convert_gpt2.read_tokenizer(tmp_path, end=len(specials) - 1)
+        assert tokenizer.special_tokens == {specials[-1]: len(specials) - 1} and tokenizer.eot == len(specials) - 1
         assert tokenizer.decode(range(tokenizer.eot)) == "".join(specials[:-1]), "the others are decoded as their names"
 
 
