@@ -6,9 +6,7 @@
     python -m bench train-large train-gpt2     training at larger shapes; train-dropout: with dropout
     python -m bench generate-8 first-token     eight streams at once; a prompt of 1,000 tokens
     python -m bench finetune                   adapting GPT-2
-    python -m bench processes compile          two processes, by torchrun; --compile
-    python -m bench muon prepare               our Muon and PyTorch's; tokenizing 100 MB
-    python -m bench scaling                    how time and memory grow with context, width, depth and batch
+    python -m bench processes prepare          two processes, by torchrun; tokenizing 100 MB
     python -m bench gpu gpu-generate           GPT-2 on a GPU
     python -m bench profile                    where the time of a step goes
     python -m bench train quality --nanogpt ~/nanoGPT    nanoGPT's own code, its recipe included
@@ -83,7 +81,7 @@ def stepping(model, data, config):
 
 
 def train(program, setting, shape, dropout=0.0, device="cpu", folder=None):
-    """Training from scratch with AdamW; the setting is a type, or "auto compiled"; a folder holds nanoGPT's."""
+    """Training from scratch with AdamW; the setting is a type, or "bfloat16 compiled"; a folder holds nanoGPT's."""
     dtype, _, compiled = setting.partition(" ")
     fields = shape | {"dropout": dropout, "dtype": dtype, "compile": bool(compiled), "optimizer": "adamw", "lr": 1e-3}
     model_config = gpt.from_flags(GPTConfig, fields)
@@ -97,23 +95,6 @@ def train_tiny(program, workers):
     """Training at the preset tiny with one or two threads, or with one in each of two processes."""
     torch.set_num_threads(2 if workers == "2 threads" else 1)
     return stepping(GPT(GPTConfig()), random_windows(1024, 64), TrainConfig())
-
-
-def grow(field, n):
-    """Training at one of the points of scaling.SWEEPS."""
-    return train("gpt.py", "auto", scaling.point(field, int(n)))
-
-
-def muon(program, dtype):
-    """One step of Muon alone, for the matrices of the preset tiny."""
-    matrices = [p for p in GPT(GPTConfig()).transformer.h.parameters() if p.dim() == 2]
-    for p in matrices:
-        p.grad = torch.randn_like(p)
-    if program == "torch.optim":
-        optimizer = torch.optim.Muon(matrices, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")
-    else:
-        optimizer = gpt.Muon(matrices, 0.01, 0.1, getattr(torch, dtype))
-    return lambda number: optimizer.step()
 
 
 def quality(program, setting, folder=None):
@@ -193,13 +174,10 @@ class Part:
     steps: int  # of a run, after one to warm up
     workloads: tuple
     options: dict = dataclasses.field(default_factory=dict)
-    counted: bool = False  # with figures by the closed forms
 
 
 SMALL = {"shape": SHAPES["small"]}
 TRAIN = ("nanoGPT, float32", "gpt.py, float32", "gpt.py, auto")
-MUON = ("torch.optim, bfloat16", "gpt.py, bfloat16", "gpt.py, float32")
-SWEEPS = tuple(f"{field}, {n}" for field, values in scaling.SWEEPS.items() for n in values)
 PREPARE = ("tiktoken, memory to memory", "prepare.py, file to file")
 QUALITIES = ("nanoGPT, its own recipe", "gpt.py, as good as that")
 GPU = ("gpt.py, bfloat16", "gpt.py, bfloat16 compiled")
@@ -207,30 +185,26 @@ GPU_SHAPE = SHAPES["gpt2"] | {"block_size": 1024, "batch_size": 16}
 WORKERS = ("gpt.py, 1 thread", "gpt.py, 2 threads", "gpt.py, 2 processes")
 TUNE = ("transformers, full", *(f"finetune.py, {method}" for method in finetune.METHODS))
 GENERATE = ("transformers, float32", "sample.py, float32", "sample.py, bfloat16", "sample.py, int8")
-LLAMA = ("llama.cpp, float32", "llama.cpp, float16", "llama.cpp, q8_0")
-MORE = ("transformers, bfloat16", "gpt.py, float32", *LLAMA, "CTranslate2, float32", "CTranslate2, int8")
+MORE = ("transformers, bfloat16", "gpt.py, float32", "llama.cpp, float32", "llama.cpp, float16", "llama.cpp, q8_0")
 PARTS = {
     "train": Part(train, "tokens/s", 12 * 64, 100, TRAIN, SMALL),
     "train-large": Part(train, "tokens/s", 16 * 256, 5, TRAIN, {"shape": SHAPES["large"]}),
     "train-gpt2": Part(train, "tokens/s", 2 * 128, 5, TRAIN, {"shape": SHAPES["gpt2"]}),
     "train-dropout": Part(train, "tokens/s", 12 * 64, 100, TRAIN, SMALL | {"dropout": 0.1}),
-    "compile": Part(train, "tokens/s", 12 * 64, 100, ("gpt.py, auto", "gpt.py, auto compiled"), SMALL),
-    "muon": Part(muon, "steps/s", 1, 20, MUON),
     "quality": Part(quality, "runs/hour", 3600, 1, QUALITIES),
-    "scaling": Part(grow, "tokens/s", 1, 5, SWEEPS, counted=True),
     "prepare": Part(prepare_text, "MB/s", 100, 1, PREPARE, {"megabytes": 100}),
     "processes": Part(train_tiny, "tokens/s", 32 * 64, 20, WORKERS),
     "finetune": Part(tune, "steps/s", 1, 5, TUNE),
     "generate": Part(generate, "tokens/s", 200, 1, GENERATE + MORE),
     "generate-8": Part(generate, "tokens/s", 8 * 200, 1, GENERATE, {"streams": 8}),
     "first-token": Part(generate, "prompts/s", 1, 5, GENERATE, {"prompt": 1000, "new": 1}),
-    "gpu": Part(train, "tokens/s", 16 * 1024, 10, GPU, {"shape": GPU_SHAPE, "device": "cuda"}, counted=True),
+    "gpu": Part(train, "tokens/s", 16 * 1024, 10, GPU, {"shape": GPU_SHAPE, "device": "cuda"}),
     "gpu-generate": Part(generate, "tokens/s", 200, 3, ("transformers, bfloat16", GPU[0]), {"device": "cuda"}),
 }
 
 
 # ---- Timing ----
-LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2"}
+LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 
 
 def installed(workload, nanogpt=None):
@@ -283,8 +257,8 @@ def measure(name, part, args):
     for workload, figures in runs.items():
         seconds = min(run["seconds"] for run in figures)
         row = {"part": name, "name": workload, "unit": part.unit, "seconds": seconds, "per_second": part.size / seconds}
-        if part.counted:
-            row |= scaling.closed_forms(workload, seconds, **part.options)
+        if name == "gpu":
+            row["share_of_peak"] = scaling.share_of_peak(GPU_SHAPE, seconds, torch.cuda.get_device_name())
         row["ratio"] = row["per_second"] / (rows or [row])[0]["per_second"]
         rows.append(row | {"megabytes": round(max(run["memory"] for run in figures) / 1e6)})
     return rows
@@ -337,7 +311,8 @@ def main(argv=None):
             continue
         rows = measure(name, PARTS[name], args)
         columns = {"ratio": "ratio", "name": name, "per_second": PARTS[name].unit, "megabytes": "peak memory, MB"}
-        show(rows, args.json, columns | (scaling.TITLES if PARTS[name].counted else {}))
+        columns |= {"share_of_peak": "share of GPU's peak"} if name == "gpu" else {}
+        show(rows, args.json, columns)
         measured.extend(rows)
     if args.picture and measured:
         draw(measured, picture)

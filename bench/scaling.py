@@ -7,7 +7,6 @@ C channels, L layers, H heads, T tokens in each of B windows, V tokens in the vo
 import re
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import gpt
@@ -62,40 +61,13 @@ def memory_in_use(key):
     return 1024 * int(found[1]) if found else 0
 
 
-SWEEPS = {
-    "block_size": (64, 128, 256, 512, 1024),
-    "n_embd": (64, 128, 256, 512),
-    "n_layer": (1, 2, 4, 8, 16),
-    "batch_size": (1, 4, 16, 64),
-}
-
-
-def point(field, n):
-    """One field grows and the others stay -> a shape; 4,096 tokens a step, unless it is the batch that grows."""
-    shape = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1024, "batch_size": 32}
-    if field == "block_size":
-        shape["batch_size"] = 4096 // n
-    return shape | {field: n}
-
-
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165e12}  # FLOP/s in bfloat16, by the data sheets
-TITLES = {"gflops": "GFLOP/s", "closed_form": "closed form, MB", "share_of_peak": "share of GPU's peak"}
 
 
-def closed_forms(workload, seconds, shape=None, device="cpu"):
-    """A step of training -> tokens/s, arithmetic and memory by the closed forms, and the share of a GPU's peak."""
-    if shape is None:
-        field, n = workload.split(", ")
-        shape = point(field, int(n))
-    config, B, T = gpt.from_flags(gpt.GPTConfig, shape), shape["batch_size"], shape["block_size"]
-    bfloat16 = device != "cpu" or gpt.resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    fused = device != "cpu" or not bfloat16 or T >= 1024  # as gpt.attention chooses
-    kept = sum(memory(config, B, T, bfloat16=bfloat16, fused=fused).values())
-    speed = flops(config, B, T) / seconds
-    name = torch.cuda.get_device_name() if device != "cpu" else ""
-    share = next((speed / peak for known, peak in PEAKS.items() if known in name), None)
-    figures = {"per_second": B * T / seconds, "gflops": speed / 1e9}
-    return figures | {"closed_form": round(kept / 1e6), "share_of_peak": share}
+def share_of_peak(shape, seconds, gpu):
+    """A step of this shape and batch_size -> the share of the FLOP/s that the named GPU can do, or None if unknown."""
+    speed = flops(gpt.from_flags(gpt.GPTConfig, shape), shape["batch_size"], shape["block_size"]) / seconds
+    return next((speed / peak for name, peak in PEAKS.items() if name in gpu), None)
 
 
 # ---- Where the time of a step goes: PyTorch's operations by kind ----

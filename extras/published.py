@@ -147,7 +147,7 @@ def declared_tokens(folder):
 
 
 def is_unused(content, known=()):
-    """Is this a token that no text has? A name in brackets: one of the known, or like <pad>, [unused7], <|reserved|>."""
+    """Is this a token that no text has? A name in brackets that is known, or like <pad>, [unused7], <|reserved|>."""
     brackets = regex.fullmatch(r"[<\[|]\S*[\p{L}\p{N}]\S*[>\]|]", content)  # several words of SPLIT, never one
     return bool(brackets and (content in known or re.search("pad|unused|reserved", content.lower())))
 
