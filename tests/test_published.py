@@ -111,7 +111,7 @@ SAME = {  # settings that give the same ids and text
     "no vocab.json": lambda: remove("vocab.json", "merges.txt"),
     "saved again": saved,
     "padding": lambda: saved(pad_token="<pad>"),
-    "padding in old files": {MAP: {"pad_token": "[PAD]"}, ADDED: {"[PAD]": PAD}},
+    "padding in old files": {MAP: {"pad_token": "[FILL]"}, ADDED: {"[FILL]": PAD}},
     "a filled vocabulary": lambda: saved("<|reserved_0|>", "[unused1]"),
     "padding is the end": {MAP: {"pad_token": EOT}},
     "an end of its own": lambda: [saved(eos_token="<|end|>"), edit(ends_at(END + 1))],
