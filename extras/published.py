@@ -235,8 +235,7 @@ def read_tokenizer(folder, end=None):
         check_options(folder)
         (ranks, others), *second = [read_ranks(*found) for found in read_vocabularies(folder)]
         for also_ranks, also_others in second:
-            both = others.keys() & also_others.keys()
-            same = ranks == also_ranks and all(others[token] == also_others[token] for token in both)
+            same = ranks == also_ranks and others | also_others == also_others | others  # where both have a token
             require(same, f"{folder}: tokenizer.json disagrees with vocab.json and merges.txt: delete the stale ones")
             others |= also_others
         end = others.get(EOT) if end is None else end
