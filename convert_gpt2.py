@@ -203,12 +203,11 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
     require(not local or revision == "main", f"--revision goes with a model on the hub, and {name} is a folder")
     folder, out = Path(name) if local else download_model(name, revision), Path(out)
     require(out.resolve() != folder.resolve(), f"{out} holds the published files: choose another --out")
-    described = read_json(find(folder, "config.json"))
-    config = read_config(described)
+    config = read_config(read_json(find(folder, "config.json")))
     context = config.block_size if block_size is None else block_size
     possible = 1 <= context <= config.block_size
     require(possible, f"--block_size is {context}, expected 1 to the model's context, {config.block_size}")
-    tokenizer, special = read_tokenizer(folder, read_end(folder, described), described)
+    tokenizer = read_tokenizer(folder, read_end(folder))
     room = tokenizer.vocab_size <= config.vocab_size
     require(room, f"{tokenizer.vocab_size:,} tokens are more than the model's vocab_size, {config.vocab_size:,}")
     with torch.device("meta"):  # shapes without memory
@@ -217,7 +216,7 @@ def convert(name, out, block_size=None, revision="main", overwrite=False):
     config.block_size = context
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:context]
     origin = {"name": name, "revision": revision, "folder": str(folder.resolve())}  # debug.verify_gpt2 compares with it
-    gpt.save_checkpoint(out, model, tokenizer, weights, overwrite, source=origin, special_tokens=special)
+    gpt.save_checkpoint(out, model, tokenizer, weights, overwrite, source=origin)
     for leftover in ("log.csv", "loss.png"):  # of the run that was overwritten
         (out / leftover).unlink(missing_ok=True)
 

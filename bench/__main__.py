@@ -208,7 +208,7 @@ WORKERS = ("gpt.py, 1 thread", "gpt.py, 2 threads", "gpt.py, 2 processes")
 TUNE = ("transformers, full", *(f"finetune.py, {method}" for method in finetune.METHODS))
 GENERATE = ("transformers, float32", "sample.py, float32", "sample.py, bfloat16", "sample.py, int8")
 LLAMA = ("llama.cpp, float32", "llama.cpp, float16", "llama.cpp, q8_0")
-MORE = ("transformers, bfloat16", "gpt.py, float32", *LLAMA, "CTranslate2, float32", "CTranslate2, int8")
+MORE = ("transformers, bfloat16", "gpt.py, float32", *LLAMA)
 PARTS = {
     "train": Part(train, "tokens/s", 12 * 64, 100, TRAIN, SMALL),
     "train-large": Part(train, "tokens/s", 16 * 256, 5, TRAIN, {"shape": SHAPES["large"]}),
@@ -230,7 +230,7 @@ PARTS = {
 
 
 # ---- Timing ----
-LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2"}
+LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 
 
 def installed(workload, nanogpt=None):

@@ -1,4 +1,4 @@
-"""What a user would take instead: nanoGPT, transformers, llama.cpp, CTranslate2.
+"""What a user would take instead: nanoGPT, transformers, llama.cpp.
 
 Each function returns one that makes a step of training or generation.
 """
@@ -146,31 +146,7 @@ def generate_llama(config, dtype, idx, lengths):
     return step
 
 
-def generate_ctranslate2(config, dtype, idx, lengths):
-    """CTranslate2, with transformers' weights."""
-    import ctranslate2
-    from ctranslate2.converters.transformers import GPT2Loader
-
-    spec = GPT2Loader().get_model_spec(transformers_model(config))
-    spec.register_vocabulary([str(i) for i in range(config.vocab_size)])
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = str(config.vocab_size - 1)
-    spec.validate()
-    spec.optimize(quantization=dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        spec.save(folder)
-        model = ctranslate2.Generator(folder, compute_type=dtype, intra_threads=torch.get_num_threads())
-
-    def step(number):
-        prompt = [str(i) for i in (idx[0] + number).tolist()]
-        options = {"sampling_topk": 1, "include_prompt_in_result": False}
-        length = lengths(number)
-        return model.generate_batch([prompt], min_length=length, max_length=length, **options)
-
-    return step
-
-
 GENERATORS = {
     "transformers": generate_transformers,
     "llama.cpp": generate_llama,
-    "CTranslate2": generate_ctranslate2,
 }

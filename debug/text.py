@@ -35,17 +35,16 @@ def longest_loop(ids, longest_period=64):
     return best
 
 
-def distinct(ids, n):
-    """The share of n-grams that did not occur before."""
+def repeated(ids, n=4):
+    """The share of n-grams that occurred before: 1 - distinct-n."""
     ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def measure(ids, entropies, losses, text, asked):
     """A generated text: its ids, the entropy before each, the loss of each, and the string -> figures."""
     loop, period = longest_loop(ids)
-    row = {"tokens": len(ids), "asked": asked, "repeated": 1 - distinct(ids, 4), "loop": loop, "period": period}
-    row |= {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
+    row = {"tokens": len(ids), "asked": asked, "repeated": repeated(ids), "loop": loop, "period": period}
     entropies, losses = entropies or [0.0], losses or [0.0]  # of an empty text
     quarter = max(1, len(ids) // 4)
     row["entropy_start"] = float(np.mean(entropies[:quarter]))
@@ -136,20 +135,18 @@ def copied(texts, source, least=50):
 def generate(model, tokenizer, prompt, max_new_tokens, temperature, seed):
     """Continue a prompt SAMPLES times, greedily once -> for each its ids, the entropy before each, the loss of each."""
     device = next(model.parameters()).device
-    count = SAMPLES if temperature else 1
-    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]] * count, device=device)
+    idx = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]] * (SAMPLES if temperature else 1), device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    samples, ended = [([], [], []) for _ in range(count)], [False] * count
+    steps = []
     with hooked({"head": (model.lm_head, "out")}) as seen:
         for tokens in model.stream(idx, max_new_tokens, temperature, eot=tokenizer.eot, generator=generator):
             logits = seen["head"].pop().float()  # (B, V)
             losses = -logits.log_softmax(-1).gather(1, tokens)  # (B, 1)
-            for b, (i, uncertainty, loss) in enumerate(zip(tokens, entropy(logits), losses, strict=True)):
-                ended[b] = ended[b] or i.item() == tokenizer.eot
-                if not ended[b]:
-                    for values, value in zip(samples[b], (i, uncertainty, loss), strict=True):
-                        values.append(value.item())
-    return samples
+            steps.append((tokens[:, 0], entropy(logits), losses[:, 0]))  # (B,) each
+    columns = [torch.stack(values, dim=1).tolist() for values in zip(*steps, strict=True)]  # (B, T) each
+    for ids, entropies, losses in zip(*columns, strict=True):
+        end = ids.index(tokenizer.eot) if tokenizer.eot in ids else len(ids)
+        yield ids[:end], entropies[:end], losses[:end]
 
 
 def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, source=None):
@@ -165,8 +162,8 @@ def diagnose(model, tokenizer, prompt, max_new_tokens, temperatures, seed, sourc
             texts.append(text)
         row = {"temperature": temperature, "samples": len(texts)}
         row |= {key: float(np.median([figures[key] for figures in measured])) for key in measured[0]}
-        repeated = [figures["repeated"] for figures in measured]
-        row["repeated_range"] = [min(repeated), max(repeated)]
+        shares = [round(figures["repeated"], 2) for figures in measured]
+        row["repeated_range"] = [min(shares), max(shares)]
         if source:
             row["copied_run"], shares = copied(texts, source)
             row["copied"] = float(np.mean(shares))
@@ -208,16 +205,13 @@ def main(argv=None):
     if args.json:
         return show(rows, True)
     rows = list(rows)
-    for row in rows:
-        low, high = row["repeated_range"]
-        row["repeated in 4-grams"] = f"{row['repeated']:.0%} ({low:.0%} to {high:.0%})"
-        row["copied run"] = len(row.get("copied_run", ""))
-    keys = ["temperature", "samples", "tokens", "repeated in 4-grams", "loop", "entropy_start", "entropy_end"]
-    keys += ["copied run", "copied"] if "copied" in rows[0] else []
-    show(rows, columns={key: key for key in (*keys, "verdict")})
+    keys = ("temperature", "samples", "tokens", "repeated", "repeated_range", "loop", "entropy_start", "entropy_end")
+    columns = {key: key.replace("_", " ") for key in keys}
+    columns |= {"copied": "in copied runs"} if source else {}
+    show(rows, columns=columns | {"verdict": "verdict"})
     for row in rows:
         print(f"{row['temperature']:g}: {row['text'][:160]!r}")
-    if "copied" in rows[0]:
+    if source:
         longest = max((row["copied_run"] for row in rows), key=len)
         print(f"the longest run that is in the training text, too: {longest!r}")
     found = {name for row in rows for name in row["verdict"]}

@@ -25,7 +25,7 @@ from debug.activations import activations, relative_error, steps
 from debug.mistakes import MISTAKES, making
 from extras.checkpoints import read_config
 from extras.export import to_hf
-from extras.published import is_marker, is_unused
+from extras.published import is_unused
 from extras.tables import show
 from gpt import GPT, GPTConfig, InputError, Tokenizer, load_checkpoint, log, require
 
@@ -83,17 +83,12 @@ def first_difference(ours, reference, n_layer):
 
 
 # ---- Our model and the reference, compared ----
-SAME_RESULT = {  # settings of config.json that change the precision, the order or the form of the same computation
-    "reorder_and_upcast_attn": False,
-    "return_dict": True,
-    "torchscript": False,
-    "use_cache": True,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
+# settings of config.json that change the precision or the form of the same computation
+SAME_RESULT = {"reorder_and_upcast_attn": False, "return_dict": True, "torchscript": False}
+SAME_SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
-def load_reference(model, tokenizer, special, folder=None):
+def load_reference(model, tokenizer, folder=None):
     """transformers' GPT-2 with the weights in `folder` or with ours, and the ids at which it ends a text.
 
     Raises InputError if they don't fit.
@@ -107,20 +102,17 @@ def load_reference(model, tokenizer, special, folder=None):
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     with tempfile.TemporaryDirectory() as exported:
         if folder is None:
-            to_hf(model, tokenizer, Path(exported), special)
+            to_hf(model, tokenizer, Path(exported))
         try:
             described, _ = transformers.GPT2Config.get_config_dict(folder or exported)
-            kind = described.get("model_type", "gpt2")
-            require(kind == "gpt2", f"it is a {kind}, not a GPT-2")
-            config = options["config"] = transformers.GPT2Config.from_dict(described | SAME_RESULT)
+            config = transformers.GPT2Config.from_dict(described | SAME_RESULT)
+            options["config"] = config
             reference, report = transformers.GPT2LMHeadModel.from_pretrained(folder or exported, **options)
         except Exception as error:
             raise InputError(f"transformers can't load {folder or 'our weights'}: {error}") from error
     missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # the head is tied
     require(not missing, f"{', '.join(missing[:3])} is missing in {folder}")
-    same = all(
-        getattr(config, key) == getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")
-    )
+    same = all(getattr(config, key) == getattr(model.config, key) for key in SAME_SHAPE)
     require(same and config.n_positions >= model.config.block_size, f"the model in {folder} has a different shape")
     end = reference.generation_config.eos_token_id
     reference.generation_config = transformers.GenerationConfig()  # the folder's may have a repetition penalty
@@ -129,31 +121,25 @@ def load_reference(model, tokenizer, special, folder=None):
 
 def insert(tokenizer, special, text):
     """text -> ids, with the names of special tokens replaced by their ids."""
-    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
-    ids = [[special[piece]] if piece in special else tokenizer.encode(piece) for piece in pieces]
-    return [i for piece in ids for i in piece]
+    ids = []
+    for piece in re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]:
+        ids += [special[piece]] if piece in special else tokenizer.encode(piece)
+    return ids
 
 
-def different_text(tokenizer, special, folder):
-    """The first text to which the published tokenizer gives other ids than ours, or "". None without a tokenizer there.
-
-    Special and added tokens are in these texts, except padding.
-    """
+def different_text(tokenizer, folder):
+    """The first text, with special and added tokens, to which the published tokenizer gives other ids, or None."""
     import transformers
 
-    if not any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return None
     try:
         published = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"transformers can't load the tokenizer in {folder}: {error}") from error
     added = published.get_added_vocab()
-    padding = {published.pad_token} - special.keys() if is_marker(published.pad_token or "") else set()
+    special = {name: i for name, i in tokenizer.special_tokens.items() if name in added}
     texts = [f"{PARAGRAPH}\n\n  {PARAGRAPH.upper()}\t1234 naïve 日本 🎉", " begins with a space", "a"]
-    texts += [f"a {name} b{name}c" for name in added if not (name in padding or is_unused(name))]
-    known = {name: i for name, i in special.items() if name in added}
-    wrong = [text for text in texts if published(text)["input_ids"] != insert(tokenizer, known, text)]
-    return wrong[0] if wrong else ""
+    texts += [f"a {name} b{name}c" for name in added if name in special or not is_unused(name, [published.pad_token])]
+    return next((text for text in texts if published(text)["input_ids"] != insert(tokenizer, special, text)), None)
 
 
 @torch.no_grad()
@@ -162,31 +148,29 @@ def compare(model, reference, tokenizer):
     examples = inputs(model.config, tokenizer)
     single = {name: reference(idx).logits for name, idx in examples.items()}
     reference.double()
-    rows = []
     for name, idx in tqdm(examples.items(), desc="comparing", delay=1, disable=None, leave=False):
         ours, exact = model(idx)[0], reference(idx).logits
         row = {"input": name, "tokens": idx.numel(), "relative_error": relative_error(ours, exact)}
         row["transformers_float32"] = relative_error(single[name], exact)
         row["top1"] = (ours.argmax(-1) == exact.argmax(-1)).double().mean().item()
-        rows.append(row | {"loss": loss_of(ours, idx), "reference_loss": loss_of(exact, idx)})
-    return rows
+        yield row | {"loss": loss_of(ours, idx), "reference_loss": loss_of(exact, idx)}
 
 
 @torch.no_grad()
-def verify(model, reference, ends, tokenizer, special, folder, new_tokens):
+def verify(model, reference, ends, tokenizer, folder, new_tokens):
     """-> the rows of compare, and a verdict."""
-    rows = compare(model, reference, tokenizer)
+    rows = list(compare(model, reference, tokenizer))
     worst = torch.tensor([row["relative_error"] for row in rows]).max().item()  # NaN if any is
     prompt, count = greedy_prompt(model.config, tokenizer, new_tokens)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     exact = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **options)
     same = tokens_in_common(model.generate(prompt, count, temperature=0)[0], exact[0]) - prompt.shape[1]
-    different = different_text(tokenizer, special, folder) if folder else None
+    different = different_text(tokenizer, folder) if folder else None
     same_end = set(ends) == {tokenizer.eot}
     computes_the_same = worst <= TOLERANCE and same == count
     verdict = {"equal": computes_the_same and not different and same_end, "relative_error": worst}
     verdict |= {"greedy_tokens": count, "same_greedy_tokens": same, "same_end": same_end}
-    verdict |= {"same_vocabulary": None if different is None else not different, "different_text": different or None}
+    verdict |= {"same_vocabulary": different is None if folder else None, "different_text": different}
     where, error = None, 0.0
     if not computes_the_same:
         idx = inputs(model.config, tokenizer)["a paragraph"]
@@ -215,15 +199,14 @@ def diagnose(model, tokenizer, new_tokens):
 
 
 def load(args):
-    """The model to verify -> model, tokenizer, special tokens, and the folder of published files, or None."""
+    """The model to verify -> model, tokenizer, and the folder of published files, or None."""
     if args.random:
         require(args.model in gpt.PRESETS, f"--random takes a preset: {', '.join(gpt.PRESETS)}")
-        return randomize(GPT(GPTConfig.preset(args.model))), Tokenizer.bytes(), {}, None
-    described = read_config(args.model)
-    folder = args.reference or described.get("source", {}).get("folder")
+        return randomize(GPT(GPTConfig.preset(args.model))), Tokenizer.bytes(), None
+    folder = args.reference or read_config(args.model).get("source", {}).get("folder")
     there = folder is None or args.diagnose or Path(folder, "config.json").is_file()
     require(there, f"there are no published files in {folder}: name their folder with --reference")
-    return *load_checkpoint(args.model), described.get("special_tokens", {}), folder
+    return *load_checkpoint(args.model), folder
 
 
 @gpt.command
@@ -242,14 +225,14 @@ def main(argv=None):
     require(1 <= args.new_tokens <= 2**31, f"--new_tokens is {args.new_tokens}, expected 1 to 2**31")
     alone = not (args.reference and (args.random or args.diagnose))
     require(alone, "--reference goes with neither --random nor --diagnose")
-    model, tokenizer, special, folder = load(args)
+    model, tokenizer, folder = load(args)
     require(model.config.block_size > 1, "a context of one token leaves nothing to compare")
     if args.diagnose:
         log("each mistake is compared with the same model without it")
         return show(diagnose(model, tokenizer, args.new_tokens), args.json)
     log(f"reference: transformers in float64, with {folder or 'our weights as exported by extras.export'}")
-    reference, ends = load_reference(model, tokenizer, special, folder)
-    rows, verdict = verify(model, reference, ends, tokenizer, special, folder, args.new_tokens)
+    reference, ends = load_reference(model, tokenizer, folder)
+    rows, verdict = verify(model, reference, ends, tokenizer, folder, args.new_tokens)
     show(rows, args.json)
     show([verdict], args.json)
     sys.exit(0 if verdict["equal"] else 1)

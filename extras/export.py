@@ -13,7 +13,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import gpt
-from extras.checkpoints import read_config
 from extras.published import SAME, SHAPE, TRANSPOSED, characters
 from gpt import EOT, InputError, command, load_checkpoint, log, replacing, require
 
@@ -37,18 +36,10 @@ def spell(token):
     return "".join(CHARACTER[byte] for byte in token)
 
 
-def special_tokens(tokenizer, named=None):
-    """{name: id} of the tokens that no text gives, the end of text first; `named` is from the config.json."""
-    named = {name: i for name, i in (named or {}).items() if tokenizer.ranks.get(name.encode(), tokenizer.eot) == i}
-    end = [name for name, i in named.items() if i == tokenizer.eot]
-    free = EOT if EOT.encode() not in tokenizer.ranks else "<|end|>"
-    return {end[0] if end else free: tokenizer.eot} | named
-
-
-def vocabulary(tokenizer, special):
+def vocabulary(tokenizer):
     """-> {token as vocab.json spells it: its id}, in the order of the ids, with the special tokens."""
     tokens = {spell(token): i for token, i in tokenizer.ranks.items()}
-    return dict(sorted((tokens | special).items(), key=lambda item: item[1]))
+    return dict(sorted((tokens | tokenizer.special_tokens).items(), key=lambda item: item[1]))
 
 
 def merges(tokenizer):
@@ -79,15 +70,15 @@ def tokenizer_json(vocab, rules, special):
 
 def config_json(config, eot):
     """GPTConfig -> that of transformers."""
-    described = {key: value for key, value in SAME.items() if value is not None}
+    described = {key: values[0] for key, values in SAME.items() if values[0] is not None}
     described |= {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
     described |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     described |= {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "n_ctx": config.block_size}
     return described | {"bos_token_id": eot, "eos_token_id": eot}
 
 
-def to_hf(model, tokenizer, out, named=None):
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code; `named` special tokens."""
+def to_hf(model, tokenizer, out):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, without custom code."""
     weights = {}
     for name, p in model.named_parameters():
         weights[name] = (p.T if name.endswith(TRANSPOSED) else p).detach().contiguous()
@@ -95,14 +86,13 @@ def to_hf(model, tokenizer, out, named=None):
         save_file(weights, part, {"format": "pt"})
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (out / name).unlink(missing_ok=True)  # of the model that is overwritten
-    special = special_tokens(tokenizer, named)
-    end = next(iter(special))
-    vocab, rules = vocabulary(tokenizer, special), merges(tokenizer)
+    end = next(iter(tokenizer.special_tokens))
+    vocab, rules = vocabulary(tokenizer), merges(tokenizer)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
     files = {
         "config.json": config_json(model.config, tokenizer.eot),
         "generation_config.json": ends | {"max_length": model.config.block_size},  # a pipeline's default is 256 more
-        "tokenizer.json": tokenizer_json(vocab, rules, special),
+        "tokenizer.json": tokenizer_json(vocab, rules, tokenizer.special_tokens),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.block_size,
@@ -119,7 +109,7 @@ def to_hf(model, tokenizer, out, named=None):
             part.write_text(text, encoding="utf-8")
 
 
-def to_gguf(model, tokenizer, out, dtype, named=None):
+def to_gguf(model, tokenizer, out, dtype):
     """Write a file for llama.cpp: matrices in `dtype`, but vectors and positions in float32, which costs little."""
     try:
         import gguf
@@ -127,9 +117,9 @@ def to_gguf(model, tokenizer, out, dtype, named=None):
         raise InputError("writing GGUF needs the package gguf: pip install gguf") from error
     config = model.config
     kinds = gguf.GGMLQuantizationType
-    special = special_tokens(tokenizer, named)
-    tokens = list(vocabulary(tokenizer, special))
-    types = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    tokens = list(vocabulary(tokenizer))
+    control = tokenizer.special_tokens.keys()
+    types = [gguf.TokenType.CONTROL if token in control else gguf.TokenType.NORMAL for token in tokens]
     for i in range(tokenizer.vocab_size, config.vocab_size):  # rows that no token has
         tokens.append(f"[PAD{i}]")
         types.append(gguf.TokenType.UNUSED)
@@ -187,12 +177,11 @@ def main(argv=None):
     exists = any(out.iterdir()) if out.is_dir() else out.exists()
     require(args.overwrite or not exists, f"{out} already exists: add --overwrite, or choose another --out")
     model, tokenizer = load_checkpoint(args.model)
-    named = read_config(args.model).get("special_tokens")
     if to_folder:
-        to_hf(model, tokenizer, out, named)
+        to_hf(model, tokenizer, out)
         use = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
     else:
-        to_gguf(model, tokenizer, out, args.dtype, named)
+        to_gguf(model, tokenizer, out, args.dtype)
         use = f"llama-completion -m {out} -no-cnv -p 'Learning is'"
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {n_parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}")

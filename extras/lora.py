@@ -4,7 +4,6 @@ B (out, rank) and A (rank, in) are small, so there is little to train, to save a
 adapted model starts as the base, bit for bit. Adapters are read and written in the format of Hugging Face PEFT.
 """
 
-import io
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gpt
@@ -122,10 +121,6 @@ NO_EFFECT = {  # the tensors show them, or they matter only in training or with 
 }
 
 
-UNREADABLE = (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
-UNREADABLE += (RecursionError,)  # of nested JSON
-
-
 def check_plain(config):
     """Raise InputError if an adapter_config.json has a setting that changes what is computed, known here or not."""
     odd = []
@@ -136,24 +131,21 @@ def check_plain(config):
     require(not odd, f"it is not plain LoRA: {', '.join(odd)}")
 
 
-def read_file(path):
-    """The bytes of a file. Raises InputError for what git leaves in its place without git-lfs."""
-    refuse_pointer(path)
-    return path.read_bytes()
-
-
-def read_adapter(folder):
-    """adapter_config.json, and the tensors of adapter_model.safetensors or .bin -> dict, {name: tensor}."""
-    config = json.loads(read_file(folder / CONFIG))
-    check_plain(config)
+def read_weights(folder):
+    """adapter_model.safetensors, or adapter_model.bin of older versions -> {name: tensor}."""
     pickled = folder / "adapter_model.bin"
     if (folder / WEIGHTS).exists() or not pickled.exists():
-        return config, load(read_file(folder / WEIGHTS))
-    content = io.BytesIO(read_file(pickled))
+        refuse_pointer(folder / WEIGHTS)
+        return load_file(folder / WEIGHTS)
+    refuse_pointer(pickled)
     try:
-        return config, torch.load(content, "cpu", weights_only=True)  # builds tensors, and runs no code
+        return torch.load(pickled, "cpu", weights_only=True)  # builds tensors, and runs no code
     except Exception as error:
         raise InputError(f"{pickled.name} holds other things than tensors, or is damaged") from error
+
+
+UNREADABLE = (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+UNREADABLE += (RecursionError,)  # of nested JSON
 
 
 def load_adapter(model, folder, base=None):
@@ -161,9 +153,12 @@ def load_adapter(model, folder, base=None):
 
     Logs a remark if the adapter was made for another model than `base`, a folder.
     """
-    require(Path(folder, CONFIG).exists(), f"there is no adapter in {folder}: it has no {CONFIG}")
+    folder = Path(folder)
+    require((folder / CONFIG).exists(), f"there is no adapter in {folder}: it has no {CONFIG}")
     try:
-        config, found = read_adapter(Path(folder))
+        config = json.loads(gpt.read_text(folder / CONFIG))
+        check_plain(config)
+        found = read_weights(folder)
         tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in found.items()}
         layers = {re.sub(r"\.lora_[AB]$", "", name) for name in tensors}
         targets = {re.sub(r"^transformer\.h\.\d+\.", "", name) for name in layers}

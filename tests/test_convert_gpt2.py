@@ -192,7 +192,7 @@ def test_a_vocabulary_learned_by_another_library_gives_the_same_tokens(tmp_path)
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([PROSE], vocab_size=400, special_tokens=[gpt.EOT], min_frequency=1)
     theirs.save_model(str(tmp_path))
-    ours, _ = convert_gpt2.read_tokenizer(tmp_path)
+    ours = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.eot == 0 and ours.vocab_size == theirs.get_vocab_size()
     for text in (PROSE, "the quick fox's  12\n\t=-é🎉", " words repeated", "\u3000日 本"):
         assert ours.encode(text) == theirs.encode(text).ids
@@ -204,7 +204,7 @@ def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary
     cached = [path.read_bytes() for path in Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere")).glob("*")]
     for content in cached or pytest.skip("tiktoken keeps no copy here"):
         (tmp_path / ("vocab.json" if content.startswith(b"{") else "merges.txt")).write_bytes(content)
-    ours, _ = convert_gpt2.read_tokenizer(tmp_path)
+    ours = convert_gpt2.read_tokenizer(tmp_path)
     assert ours.ranks == gpt2_vocabulary.ranks and ours.eot == gpt2_vocabulary.eot == 50256
 
 
