@@ -74,7 +74,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(gpt.PRESETS, "gpt2", shape)
     monkeypatch.setitem(bench.PARTS["prepare"].options, "megabytes", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the parts for a GPU run on the CPU
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("synchronize", "get_rng_state", "set_rng_state"):  # torch.compile asks for the state
+        monkeypatch.setattr(torch.cuda, name, lambda *_: torch.zeros(16, dtype=torch.uint8))
     for part in ("gpu", "gpu-generate"):
         monkeypatch.setitem(bench.PARTS[part].options, "device", "cpu")
     monkeypatch.setitem(bench.GPU_SHAPE, "block_size", 32)
