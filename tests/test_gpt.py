@@ -1,6 +1,5 @@
 """The claims of gpt.py, one claim per test."""
 
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -31,12 +30,6 @@ from extras import native
 from gpt import GPT, GPTConfig, InputError, TokenDataset, Tokenizer, TrainConfig
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-
-
-# ---- Configuration ----
-def test_presets_set_known_flags():
-    fields = {field.name for config in (GPTConfig, TrainConfig) for field in dataclasses.fields(config)}
-    assert all(flags.keys() <= fields for flags in gpt.PRESETS.values())
 
 
 IMPORT = """
@@ -131,20 +124,6 @@ def test_the_last_tenth_up_to_a_limit_is_for_validation_cut_between_characters(l
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"ab\nbon caf\xe9", "see line 2, byte 10: if it is cp1252, convert it with iconv -f cp1252 -t utf-8"),
-        (b"\xef\xbb\xbfab\r\n\xff", "see line 2, byte 7:"),
-        ("ab".encode("utf-16"), "see line 1, byte 0: if it is utf-16, convert it with iconv -f utf-16 -t utf-8"),
-    ],
-)
-def test_another_encoding_is_refused_with_its_place_and_a_way_to_convert_it(content, message):
-    Path("a.txt").write_bytes(content)
-    with pytest.raises(InputError, match=regex.escape(message)):
-        gpt.read_text("a.txt")
-
-
-@pytest.mark.parametrize(
     ("text", "remarks"), [('{"prompt": "a"}\n', 1), ('[\n {"text": 1}]', 1), ("{x} is a set\n", 0), ('a {"b": 1}', 0)]
 )
 def test_text_that_looks_like_json_gets_a_remark(text, remarks, capsys):
@@ -188,24 +167,20 @@ def test_pydoc_repeats_no_paragraph():
     assert len(texts) > 50 and len(set(paragraphs)) == len(paragraphs)
 
 
-def test_a_prepared_folder_is_memory_mapped_with_its_own_vocabulary(learned):
+def test_a_prepared_folder_has_its_own_vocabulary_and_stays_on_disk(learned):
     Path("corpus").mkdir()
     Path("corpus/tokenizer.tiktoken").write_text(learned.dumps())
-    np.array(learned.encode(PROSE), np.uint16).tofile("corpus/train.bin")
+    np.zeros(50_000_000, np.uint16).tofile("corpus/train.bin")
     np.array([1, 2, 3], np.uint16).tofile("corpus/val.bin")
-    tokenizer, train, val = gpt.load_data(["corpus"], "gpt2")
-    assert isinstance(train, np.memmap) and tokenizer.decode(train.tolist()) == PROSE and val.tolist() == [1, 2, 3]
-    with pytest.raises(InputError, match="vocabulary of its own"):
-        gpt.load_data(["corpus"], Tokenizer.bytes())
-
-
-def test_memory_does_not_grow_while_a_mapped_file_is_read():
-    np.zeros(50_000_000, np.uint16).tofile("t.bin")
-    data = TokenDataset(np.memmap("t.bin", np.uint16, "r"), 64)
     before = psutil.Process().memory_info().rss
+    tokenizer, train, val = gpt.load_data(["corpus"], "gpt2")
+    data = TokenDataset(train, 64)
     for start in range(0, len(data) - 64, 64 * 20):
         data.batch(range(start, start + 64 * 20, 20))
     assert psutil.Process().memory_info().rss - before < 20_000_000
+    assert tokenizer.ranks == learned.ranks and val.tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match="vocabulary of its own"):
+        gpt.load_data(["corpus"], Tokenizer.bytes())
 
 
 def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
@@ -223,16 +198,6 @@ def test_shakespeare_is_downloaded_once_and_checked(monkeypatch):
 
 
 # ---- Model ----
-def test_a_token_sees_all_of_its_past_and_nothing_of_its_future(small):
-    idx = torch.randint(0, 50, (2, 16))
-    logits, _ = small(idx)
-    for t in range(16):
-        changed = idx.clone()
-        changed[:, t] = (changed[:, t] + 1) % 50
-        moved = (small(changed)[0] - logits).abs().amax(dim=(0, 2))  # (T,)
-        assert (moved[:t] == 0).all() and (moved[t:] > 0).all()
-
-
 def test_logits_equal_those_of_transformers():
     """Weights large, embeddings small: a wrong GELU, epsilon, mask, transpose or position shows."""
     transformers = pytest.importorskip("transformers")
@@ -262,13 +227,12 @@ def test_written_out_and_fused_attention_agree_with_the_definition(T, S):
         assert torch.allclose(gpt.attention(q, k, v, fused=fused), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("vocab_size", "n_embd"), [(257, 64), (2000, 512)])
-def test_the_first_loss_is_ln_v_and_a_little(vocab_size, n_embd):
+def test_the_first_loss_is_ln_v_and_a_little():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=2))
-    idx = torch.randint(0, vocab_size, (8, 65))
+    model = GPT(GPTConfig(vocab_size=2000, n_embd=512, n_layer=2))
+    idx = torch.randint(0, 2000, (8, 65))
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
-    assert loss == pytest.approx(math.log(vocab_size) + 0.0002 * n_embd, rel=0.01)
+    assert loss == pytest.approx(math.log(2000) + 0.0002 * 512, rel=0.01)
 
 
 def test_initialization_has_the_standard_deviations_of_gpt2():
@@ -385,16 +349,6 @@ def test_temperature_top_k_and_top_p_by_hand(probs, options, expected):
     assert gpt.next_token_probs(torch.tensor([[-3e38, 3e38]]), temperature=1e-6).tolist() == [[0, 1]], "no overflow"
 
 
-def test_the_nucleus_is_the_smallest_set_that_reaches_p():
-    """Of 50,257 tokens, too: a running sum in float32 loses 1e-5, and reaches 1 before its end."""
-    logits = 3 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ordered = logits.softmax(-1)[0].sort(descending=True).values
-    for top_p in (0.01, 0.5, 0.99):
-        kept = int((gpt.next_token_probs(logits, top_p=top_p) > 0).sum())
-        assert ordered[: kept - 1].sum() - 1e-4 < top_p < ordered[:kept].sum() + 1e-4
-    assert (gpt.next_token_probs(logits, top_p=1.0) > 0).all()
-
-
 def test_tokens_are_sampled_as_often_as_their_probabilities_say():
     """Half of the probability is in 50,000 tokens of 1e-5 each."""
     logits = torch.full((1, 50_001), 1e-5).log()
@@ -417,7 +371,6 @@ def test_a_call_that_makes_no_sense_is_refused_by_name(small):
         "end-of-text": lambda: small.generate(idx[:, :0], 1),
         "17 tokens do not fit into the context of 16": lambda: small(idx),
         "temperature is -1": lambda: small.generate(idx, 1, temperature=-1),
-        "temperature is nan": lambda: small.generate(idx, 1, temperature=math.nan),
         "top_p is 0": lambda: small.generate(idx, 1, top_p=0),
         "top_p is 1.1": lambda: small.generate(idx, 1, top_p=1.1),
         "top_k is 0": lambda: small.generate(idx, 1, top_k=0),
@@ -555,12 +508,6 @@ def trained(tmp_path_factory):
     return SimpleNamespace(home=home, folder=home / "run", flags=flags, out=out.getvalue(), err=err.getvalue())
 
 
-@pytest.fixture
-def here(trained, own_folder):
-    """A copy of it that may be changed."""
-    return Path(shutil.copytree(trained.folder, "here"))
-
-
 def log_of(folder):
     return [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()]
 
@@ -581,17 +528,11 @@ def test_training_writes_its_checkpoint_and_prints_its_result(trained):
 
 
 @pytest.mark.parametrize("flags", ["--n_layer 3", "--optimizer adamw", "--preset tiny", "--data other.txt"])
-def test_a_resumed_run_keeps_its_shape_and_its_text(here, flags, capsys):
+def test_a_resumed_run_keeps_its_shape_and_its_text(trained, flags, capsys):
+    shutil.copytree(trained.folder, "here")
     Path("other.txt").write_text(PROSE + "more")
-    run_main(gpt.main, "--resume", "--out", here, *flags.split(), expect=2)
+    run_main(gpt.main, "--resume", "--out", "here", *flags.split(), expect=2)
     assert regex.search("n_layer|optimizer|--preset|the data .* changed", capsys.readouterr().err.splitlines()[-1])
-
-
-def test_of_an_overwritten_checkpoint_nothing_stays(here):
-    model = bytes_model()
-    gpt.save_checkpoint(here, model, Tokenizer.bytes(), overwrite=True)
-    assert torch.equal(parameters_of(here)["transformer.wpe.weight"], model.transformer.wpe.weight)
-    assert not (here / gpt.STATE).exists()
 
 
 def test_the_saved_weights_are_those_of_the_best_validation_and_patience_ends_the_run(trained, monkeypatch):
@@ -696,15 +637,16 @@ def test_two_processes_and_a_compiled_model_compute_what_one_process_computes(pr
 FILES = {
     "empty.txt": b"",
     "short.txt": b"too short.",
+    "utf16.txt": "ab".encode("utf-16"),
     "examples.JSONL": b"{}\n",
     "taken/" + gpt.STATE: b"not a checkpoint",
 }
 BAD = [
-    ("--data nowhere.txt", "nowhere.txt"),
     ("--data taken", r"no \*.txt in taken"),
     ("--data empty.txt", "too little text"),
     ("--data examples.JSONL", "is JSON, not text"),
     ("--data short.txt", "shorter than a window"),
+    ("--data utf16.txt", "see line 1, byte 0: if it is utf-16, convert it with iconv -f utf-16 -t utf-8"),
     ("--n_embd 17", "not a multiple"),
     ("--stride 17", "stride 17"),
     ("--vocab_size 300", "bytes has a vocabulary of 257"),
@@ -728,12 +670,6 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_overwritten(flags, me
     last = err.splitlines()[-1]
     assert out == "" and err.count("error: ") == 1 and last.startswith("error: ") and regex.search(message, last), err
     assert all(Path(name).read_bytes() == content for name, content in FILES.items())
-
-
-def test_an_error_in_a_real_process_has_no_traceback():
-    done = script("gpt.py", "--data", "nowhere.txt")
-    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: there is no text file nowhere.txt")
 
 
 def test_running_out_of_memory_is_an_error_line_and_a_bug_keeps_its_traceback(capsys):

@@ -158,30 +158,18 @@ def exchange(model):
         p.data = p.data.roll(1, 0)
 
 
-CHANGES = {
-    "in place": in_place,
-    "exchanged": exchange,
-    "assigned": lambda model: model.load_state_dict(make(seed=1).to(model.lm_head.weight).state_dict(), assign=True),
-    "adapter": lambda model: in_place(lora.adapt(model)),
-    "float64": lambda model: in_place(model.double()),
-    "int8": lambda model: int8.quantize(in_place(model) or model),
-}
-
-
-CASES = [("float32", change) for change in CHANGES] + [("bfloat16", "in place"), ("bfloat16", "exchanged")]
-
-
-@pytest.mark.parametrize(("dtype", "change"), CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [in_place, exchange, lambda model: in_place(lora.adapt(model))])
 def test_a_later_change_of_the_weights_is_seen(dtype, change, calls):
     model, idx = make(dtype=dtype), random_ids(1, 8)
     faster = native.speed_up(model)
     before = faster.generate(idx, 8, temperature=0)
     with torch.no_grad():
-        CHANGES[change](model)
+        change(model)
     anew = native.speed_up(copy.deepcopy(model)).generate(idx, 8, temperature=0)
     del calls[:]
     assert torch.equal(faster.generate(idx, 8, temperature=0), anew) and not torch.equal(anew, before)
-    assert bool(calls) == (change not in ("adapter", "float64"))
+    assert bool(calls) == (change in (in_place, exchange))
 
 
 @pytest.mark.parametrize("reason", ["float64", "float16", "adapter", "training"])
@@ -233,13 +221,11 @@ def test_the_library_is_compiled_once_for_each_source_and_compiler(cache, loaded
     assert native.load() and len({*loaded}) == len([*cache.iterdir()]) == 3
 
 
-@pytest.mark.parametrize("folder", ["open to others", "of someone else", "a link", "a file"])
+@pytest.mark.parametrize("folder", ["open to others", "of someone else", "a link"])
 def test_a_library_is_never_loaded_from_a_folder_that_others_can_change(folder, cache, loaded, monkeypatch, tmp_path):
     cache.parent.mkdir()
     if folder == "a link":
         cache.symlink_to(tmp_path)
-    elif folder == "a file":
-        cache.touch()
     else:
         cache.mkdir(mode=0o700)
         cache.chmod(0o777 if folder == "open to others" else 0o700)
@@ -247,26 +233,6 @@ def test_a_library_is_never_loaded_from_a_folder_that_others_can_change(folder, 
         monkeypatch.setattr(native.os, "getuid", lambda: 12345)
     assert native.load() and len(loaded) == 1
     assert not {cache, tmp_path} & {*loaded[0].parents} and not loaded[0].exists(), "its temporary folder is gone"
-
-
-def test_a_relative_cache_folder_is_ignored(cache, loaded, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert native.load() and tmp_path / "home/.cache/gpt-native" in loaded[0].parents and not Path("here").exists()
-
-
-def test_a_damaged_library_is_passed_over(cache):
-    assert native.load()
-    (path,) = cache.iterdir()
-    path.unlink()
-    path.write_bytes(b"")
-    assert native.load()
-
-
-def test_without_a_place_for_the_library_the_model_itself_generates(cache, monkeypatch):
-    cache.parent.touch()
-    monkeypatch.setattr(native.tempfile, "tempdir", "/nowhere")
-    assert native.load() is None
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/cc", "", "echo", "gcc '"])
