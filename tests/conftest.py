@@ -107,8 +107,7 @@ TINY = ["--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2", "--n_embd", "
 def script(name, *args, **options):
     """Run a script (sample.py) or module (debug.check) as a user would, in a process of its own."""
     start = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
-    if not name.endswith(".py"):
-        options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}  # where python -m looks, from any folder
+    options["env"] = os.environ | {"PYTHONPATH": str(ROOT)}  # where python -m looks, from any folder
     command = [sys.executable, *start, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
 

@@ -1,6 +1,5 @@
 """When a run is stopped or killed, or the disk is full, nothing is lost, and one line says why."""
 
-import csv
 import errno
 import itertools
 import json
@@ -40,7 +39,7 @@ def check_files(folder):
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".csv":
-            rows = [*csv.reader(path.read_text().splitlines())]
+            rows = [line.split(",") for line in path.read_text().splitlines()]
             assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows)
         elif path.suffix == ".png":
             assert path.read_bytes().endswith(b"IEND\xaeB\x60\x82")
@@ -49,7 +48,8 @@ def check_files(folder):
 def result_of(folder):
     """Everything that a run ends with, except the seconds it took -> facts, tensors."""
     run, tensors, best = gpt.load_run(folder)
-    rows = [row[:2] + row[3:] for row in csv.reader(Path(folder, "log.csv").read_text().splitlines())]
+    lines = [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()]
+    rows = [line[:2] + line[3:] for line in lines]
     facts = [run["step"], run["tokens"], best["step"], best["validation"], rows]
     return facts, tensors | {f"best {name}": weight for name, weight in parameters_of(folder).items()}
 

@@ -16,7 +16,7 @@ from extras import int8, lora, native
 if native.load() is None:
     pytest.skip("there is no C compiler with OpenMP", allow_module_level=True)
 
-SHAPES = [(16, 16), (40, 5), (192, 3)]  # n_embd, n_head
+SHAPES = [(16, 16), (7, 1), (40, 5), (192, 3)]  # n_embd, n_head
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def calls(monkeypatch):
     return found
 
 
-def make(C=40, H=5, dtype="float32", block_size=24, seed=0):
+def make(C=40, H=5, dtype="float32", block_size=24):
     config = gpt.GPTConfig(block_size=block_size, vocab_size=97, n_layer=2, n_head=H, n_embd=C)
-    model = enlarge(gpt.GPT(config), seed)
+    model = enlarge(gpt.GPT(config))
     return int8.quantize(model) if dtype == "int8" else model.to(getattr(torch, dtype))
 
 
@@ -61,7 +61,7 @@ def random_ids(B, T):
     return torch.randint(97, (B, T), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("B", [1, 2, 8])
+@pytest.mark.parametrize("B", [1, 2, 5, 8])
 @pytest.mark.parametrize(("C", "H"), SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_logits_are_as_close_to_float64_as_those_of_pytorch(dtype, C, H, B, calls):
@@ -95,27 +95,6 @@ def test_a_prompt_is_read_as_by_pytorch(dtype, C, H, B, T, native_bfloat16, call
         assert cache.k.dtype == expected.k.dtype and off.square().mean().sqrt() < bound * expected.v[:, :, :T].std()
     in_c = {"float32": False, "bfloat16": not native_bfloat16, "int8": int8.has_vnni()}[dtype] and T > 1
     assert calls.count("gpt_finish") == (8 if in_c else 0), "four products in each of two blocks"
-
-
-@pytest.mark.parametrize("rows", [1, 5, 8])
-@pytest.mark.parametrize(("width", "out"), [(1, 5), (2, 1), (7, 9), (100, 3), (768, 257), (3072, 33)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_a_product_is_that_of_the_stored_numbers(dtype, width, out, rows):
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(width, out), torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
-    if dtype == "int8":
-        layer = int8.Int8Linear(*int8.to_int8(layer.weight.detach()), layer.bias)
-        stored = layer.weight.double() * layer.scales[:, None].double()
-        integers, steps = int8.to_int8(x)
-        tokens = integers.double() * steps[:, None].double()
-    else:
-        layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
-        stored, tokens = layer.weight.detach().double(), x.to(layer.weight.dtype).double()
-    kept = []
-    found = native.multiply(native.linear(layer, kept), x)
-    off = (found - (tokens @ stored.T + layer.bias.detach().double())).abs() / (tokens.abs() @ stored.abs().T + 1)
-    assert found.shape == (rows, out) and off.max() < (0.02 if dtype == "int8" else 1e-6)
-    assert (off < 1e-6).double().mean() >= 0.5, "in int8, all but the numbers halfway between two integers"
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -159,7 +138,7 @@ def exchange(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("change", [in_place, exchange, lambda model: in_place(lora.adapt(model))])
+@pytest.mark.parametrize("change", [in_place, exchange])
 def test_a_later_change_of_the_weights_is_seen(dtype, change, calls):
     model, idx = make(dtype=dtype), random_ids(1, 8)
     faster = native.speed_up(model)
@@ -169,13 +148,16 @@ def test_a_later_change_of_the_weights_is_seen(dtype, change, calls):
     anew = native.speed_up(copy.deepcopy(model)).generate(idx, 8, temperature=0)
     del calls[:]
     assert torch.equal(faster.generate(idx, 8, temperature=0), anew) and not torch.equal(anew, before)
-    assert bool(calls) == (change in (in_place, exchange))
+    assert calls
 
 
 @pytest.mark.parametrize("reason", ["float64", "float16", "adapter", "training"])
 def test_where_c_does_not_apply_the_model_itself_generates(reason, calls):
-    model = make(dtype=reason if "float" in reason else "float32")
+    model = make()
+    faster = native.speed_up(model)
     model = lora.adapt(model) if reason == "adapter" else model.train(reason == "training")
+    model.to(getattr(torch, reason, torch.float32))
+    faster.generate(random_ids(1, 3), 3)
     assert native.speed_up(model) is model and calls == []
 
 
