@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import regex
 import torch
-from conftest import rows_of, run_main, script
+from conftest import rows_of, run_main
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune
 import gpt
 from bench import __main__ as bench
 from bench import scaling
@@ -28,7 +29,7 @@ WORKLOADS = [
     pytest.param(part, workload, marks=[] if f"{part}: {workload}" in FAST else [pytest.mark.slow])
     for part in bench.PARTS
     for workload in bench.PARTS[part].workloads
-    if part != "quality"  # below
+    if workload != bench.QUALITIES[0]  # below
 ]
 
 
@@ -53,26 +54,19 @@ def test_parameters_flops_and_memory_are_those_of_a_step(config, monkeypatch):
 @pytest.mark.parametrize("fused", [False, True])
 def test_activations_are_those_that_pytorch_keeps(config, bfloat16, fused, monkeypatch):
     monkeypatch.setattr(gpt, "attention", functools.partial(gpt.attention, fused=fused))
-    model, kept = GPT(config), {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    idx, targets = torch.randint(0, config.vocab_size, (2, 3, config.block_size))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        _, loss = model(idx, targets)  # loss holds on to the graph
-    for p in model.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) == scaling.activations(config, 3, config.block_size, bfloat16, fused) and loss > 0
+    data = finetune.Documents([(range(config.block_size + 1), 1)] * 3)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    kept = finetune.activation_bytes(GPT(config), data, gpt.TrainConfig(batch_size=3), dtype)
+    assert kept == scaling.activations(config, 3, config.block_size, bfloat16, fused)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(prose, monkeypatch):
     shape = {"vocab_size": 1100, "block_size": 1024, "n_layer": 2, "n_head": 2, "n_embd": 32}
     monkeypatch.setitem(gpt.PRESETS, "gpt2", shape)
     monkeypatch.setitem(bench.PARTS["prepare"].options, "megabytes", 1)
+    monkeypatch.setattr(bench, "QUICK", f"--data {prose} --max_steps 1 --n_layer 1 --n_embd 8")
+    monkeypatch.setattr(bench, "QUALITY", 9.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the parts for a GPU run on the CPU
     for name in ("synchronize", "get_rng_state", "set_rng_state"):  # torch.compile asks for the state
         monkeypatch.setattr(torch.cuda, name, lambda *_: torch.zeros(16, dtype=torch.uint8))
@@ -88,30 +82,13 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize(("part", "workload"), WORKLOADS)
-def test_each_workload_runs_and_is_measured(part, workload, tiny, capsys):
+def test_each_workload_runs_and_is_measured(part, workload, tiny, capfd):
     pytest.importorskip(bench.LIBRARIES.get(workload.split(", ")[0], "torch"))
     if "compiled" in workload and not shutil.which("g++"):
         pytest.skip("needs a compiler")
     bench.main([part, "--only", workload, "--steps", "2"])
-    (figures,) = rows_of(capsys)
+    (figures,) = rows_of(capfd)
     assert figures["seconds"] > 0 and figures["memory"] >= 0
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_step():
-    options = "--standalone --nproc_per_node=2 -m bench processes --only 'gpt.py, 2 processes' --steps 2"
-    done = script("torch.distributed.run", *shlex.split(options))
-    assert json.loads(done.stdout)["seconds"] > 0, "one line, from the first process alone"
-
-
-@pytest.mark.slow
-def test_quality_is_reached_or_an_error(prose, monkeypatch):
-    monkeypatch.setattr(bench, "QUICK", f"--data {prose} --max_steps 1 --n_layer 1 --n_embd 8")
-    monkeypatch.setattr(bench, "QUALITY", 9.0)
-    bench.quality("gpt.py", "")(1)
-    monkeypatch.setattr(bench, "QUALITY", 2.0)
-    with pytest.raises(gpt.InputError, match="comes to .* bits per byte, not 2.0"):
-        bench.quality("gpt.py", "")(1)
 
 
 def test_rates_are_those_of_the_closed_forms_and_the_share_of_a_gpus_peak_that_of_its_data_sheet(monkeypatch):
@@ -121,8 +98,6 @@ def test_rates_are_those_of_the_closed_forms_and_the_share_of_a_gpus_peak_that_o
     found = scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")
     assert found["per_second"] == 16 * 1024 / 0.5
     assert found["share_of_peak"] == pytest.approx(32768 * 0.8544e9 / 989e12, rel=1e-3)  # 0.8544 GFLOP a token
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
-    assert scaling.closed_forms("", 0.5, bench.GPU_SHAPE, "cuda")["share_of_peak"] is None
 
 
 @pytest.mark.parametrize("program", ["gpt.py", "transformers"])

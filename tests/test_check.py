@@ -1,5 +1,4 @@
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,18 +80,10 @@ def test_broken_code_fails_its_check_and_no_other(subject, monkeypatch, thing, n
     assert failed(subject) == failing
 
 
-def test_a_frozen_bias_has_no_gradient(subject):
+def test_a_frozen_parameter_and_validation_text_that_is_trained_on_are_found(subject):
     subject.model.transformer.ln_f.bias.requires_grad_(False)
-    assert failed(subject) == {"gradients"}
-
-
-def test_validation_text_that_is_trained_on_is_found(subject):
     subject.val = subject.train[:3000]
-    assert failed(subject) == {"repeats"}
-
-
-def test_every_check_can_fail():
-    assert set().union({"gradients", "repeats"}, *(row[3] for row in BREAKAGES)) == set(check.CHECKS)
+    assert failed(subject) == {"gradients", "repeats"}
 
 
 def test_an_error_is_a_failure_and_the_exit_status_says_so(mine, monkeypatch, capsys):
@@ -100,9 +91,3 @@ def test_an_error_is_a_failure_and_the_exit_status_says_so(mine, monkeypatch, ca
     run("--model", "mine", "--data", "words.txt", expect=1)
     out, err = capsys.readouterr()
     assert "IndexError" in out and "wrong ids" in err and "1 of 1 checks failed" in err
-
-
-def test_too_little_text_is_refused(mine, capsys):
-    Path("short.txt").write_text("too short to check")
-    run("--model", "mine", "--data", "short.txt", expect=2)
-    assert "use more" in capsys.readouterr().err

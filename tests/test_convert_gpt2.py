@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, parameters_of, published, run_main
+from conftest import parameters_of, published, run_main
 from safetensors.torch import load_file, save_file
 
 import convert_gpt2
@@ -54,36 +54,14 @@ def rename(folder, change):
     save_file({change(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def as_pickle(folder, content, **options):
+def as_pickle(folder, content):
     (folder / "model.safetensors").unlink()
-    torch.save(content, folder / "pytorch_model.bin", **options)
+    torch.save(content, folder / "pytorch_model.bin")
 
 
 def refused(message, action, *args):
     with pytest.raises(gpt.InputError, match=message):
         action(*args)
-
-
-# ---- The same computation ----
-WIDE = {"n_positions": 256, "n_embd": 64, "n_layer": 4, "n_head": 4}
-ODD = {"n_positions": 90, "n_embd": 30, "n_layer": 7, "n_head": 3, "vocab_size": 300}
-GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
-
-
-@pytest.mark.parametrize("shape", [WIDE, ODD, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["wide", "odd", "gpt2"])
-@torch.no_grad()
-def test_logits_and_greedy_text_are_those_of_transformers(shape):
-    reference = published("hf", **shape)
-    model, context = converted(), shape["n_positions"]
-    idx = torch.randint(257, (2, context), generator=torch.Generator().manual_seed(1))
-    reference.double()
-    for T in (1, 17, context):
-        exact = reference(idx[:, :T]).logits
-        error = (model(idx[:, :T])[0].double() - exact).abs().max() / exact.abs().max()
-        assert error < 1e-5, f"relative error {error:.1e} for {T} tokens"
-    options = {"attention_mask": torch.ones(2, 3), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    exact = reference.generate(idx[:, :3], max_new_tokens=50, **options)
-    assert torch.equal(model.generate(idx[:, :3], 50, temperature=0), exact)
 
 
 def test_a_shorter_context_keeps_the_first_positions(origin):
@@ -102,10 +80,8 @@ FORMS = {
     "as transformers saves it": lambda folder, model: None,
     "no prefix, and masks": without_prefix,
     "a pickle": lambda folder, model: as_pickle(folder, model.state_dict()),
-    "an old pickle": lambda folder, model: as_pickle(folder, model.state_dict(), _use_new_zipfile_serialization=False),
     "float64": lambda folder, model: put(folder, "transformer.ln_f.bias", model.transformer.ln_f.bias.double()),
     "the head twice": lambda folder, model: put(folder, "lm_head.weight", model.lm_head.weight.data.clone()),
-    "the GELU's other name": lambda folder, _: edit(folder / "config.json", activation_function="gelu_pytorch_tanh"),
     "the MLP's width": lambda folder, model: edit(folder / "config.json", n_inner=64),
     "no settings": lambda folder, _: edit(folder / "config.json", activation_function=None, layer_norm_epsilon=None),
 }
@@ -135,12 +111,8 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "its tie_word_embeddings is False, and ours is True": {"tie_word_embeddings": False},
     "its activation_function is 'gelu', and ours is 'gelu_new'": {"activation_function": "gelu"},
     "its layer_norm_epsilon is 1e-12": {"layer_norm_epsilon": 1e-12},
-    "its scale_attn_by_inverse_layer_idx is True": {"scale_attn_by_inverse_layer_idx": True},
-    "its scale_attn_weights is False": {"scale_attn_weights": False},
-    "its add_cross_attention is True": {"add_cross_attention": True},
     "its n_inner is 32": {"n_inner": 32},
     "its model_type is 'llama', and ours is 'gpt2'": {"model_type": "llama"},
-    "its quantization_config is": {"quantization_config": {"bits": 4}},
     "n_layer is '2', and must be a whole number": {"n_layer": "2"},
     "257 tokens are more than the model's vocab_size": {"vocab_size": 200},
     "h.1.ln_1.bias is missing": lambda hf: put(hf, "transformer.h.1.ln_1.bias", None),
@@ -153,7 +125,6 @@ REFUSED = {  # what the error says -> the change of config.json, or of the folde
     "module.*c_attn.bias, not h.0.attn.c_attn.bias; .*: save": lambda hf: rename(hf, "module.{}".format),
     "has no model.safetensors or": lambda hf: (hf / "model.safetensors").unlink(),
     "config.json is not JSON": lambda hf: (hf / "config.json").write_text("[" * 100_000),
-    "has no merges.txt": lambda hf: (hf / "merges.txt").unlink(),
     "has no vocab.json or": lambda hf: [(hf / name).unlink() for name in ("vocab.json", "tokenizer.json")],
     "bin holds other things than tensors": lambda hf: as_pickle(hf, {"wte.weight": Payload()}),
 }
@@ -183,20 +154,6 @@ def test_a_missing_size_is_gpt2s_and_other_names_are_understood(capsys):
     assert (config.block_size, config.n_layer, config.n_head) == (90, 2, 3)
     assert (config.vocab_size, config.n_embd) == (50257, 768)
     assert "config.json has no n_embd: GPT-2's is 768" in capsys.readouterr().err
-
-
-# ---- Vocabularies ----
-def test_a_vocabulary_learned_by_another_library_gives_the_same_tokens(tmp_path):
-    from tokenizers import ByteLevelBPETokenizer
-
-    theirs = ByteLevelBPETokenizer()
-    theirs.train_from_iterator([PROSE], vocab_size=400, special_tokens=[gpt.EOT], min_frequency=1)
-    theirs.save_model(str(tmp_path))
-    ours = convert_gpt2.read_tokenizer(tmp_path)
-    assert ours.eot == 0 and ours.vocab_size == theirs.get_vocab_size()
-    for text in (PROSE, "the quick fox's  12\n\t=-é🎉", " words repeated", "\u3000日 本"):
-        assert ours.encode(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode(text)) == text
 
 
 def test_gpt2s_published_vocabulary_gives_gpt2s_tokens(tmp_path, gpt2_vocabulary):
@@ -343,7 +300,6 @@ def test_a_part_of_another_version_or_longer_than_the_file_is_never_completed(hu
 
 
 WRONG = [
-    (["wrong"], "the checksum of model.safetensors differs"),
     (["cut"] * 99, "the connection broke 10 times: run the same command to resume.* You can also save config.json"),
     ([401], "is not public, or not there: check the name, or set HF_TOKEN"),
     (["page"], "the answer is a web page"),

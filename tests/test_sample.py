@@ -75,15 +75,11 @@ def test_several_models_are_side_by_side(checkpoints, capsys, monkeypatch):
     head, _, *body = speak(capsys, *flags).out.splitlines()
     assert head.replace(" ", "") == "first|second" and body[0].count("The fox") == 2
     assert all(len(line) <= 100 for line in body)
-    monkeypatch.setenv("COLUMNS", "40")
-    out = speak(capsys, *flags).out
-    assert "=== first ===\nThe fox" in out and "=== second ===\nThe fox" in out
 
 
-@pytest.mark.parametrize("at", [1, 5, 11])
-def test_a_stop_string_ends_the_text_before_it(checkpoints, capsys, at):
+def test_a_stop_string_ends_the_text_before_it(checkpoints, capsys):
     whole = texts(capsys, "--model", "first", "--prompt", "b")[0]
-    stop = whole[at : at + 3]
+    stop = whole[5:8]
     out = speak(capsys, "--model", "first", "--prompt", "b", "--stop", "never this", stop).out
     assert out == "b" + whole[: whole.index(stop)] + "\n"
 
@@ -164,13 +160,6 @@ def test_what_is_probably_not_meant_gets_a_remark(checkpoints, capsys, flags, re
     assert remark in err and err.count("\n") == bool(remark) and out
 
 
-def test_characters_are_decoded_when_their_bytes_are_complete():
-    tokenizer = gpt.Tokenizer.bytes()
-    pieces = list(sample.decode_stream(tokenizer, tokenizer.encode("aé🙂b")))
-    assert pieces == ["a", "", "é", "", "", "", "🙂", "b", ""]
-    assert list(sample.decode_stream(tokenizer, [97, 0xC3])) == ["a", "", "\ufffd"], "half a character at the end"
-
-
 def test_a_long_prompt_keeps_its_last_tokens_and_says_so(checkpoints, capsys):
     long, err = speak(capsys, "--model", "first", "--prompt", PROSE, "--temperature", "0")
     assert "7,920 tokens, only the last 24" in err
@@ -209,26 +198,14 @@ def test_help_needs_no_torch(monkeypatch, capsys):
     assert end.value.code == 0 and "--top_p" in capsys.readouterr().out
 
 
-COMMAND = [sys.executable, str(ROOT / "sample.py"), "--model", "endless", "--prompt", "a", "--max_new_tokens", "20000"]
-
-
 def test_a_real_process_streams_as_it_generates(checkpoints):
     rewrite("endless", -100)
+    command = [sys.executable, ROOT / "sample.py", "--model", "endless", "--prompt", "a", "--max_new_tokens", "20000"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, as do their children
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
     assert process.stdout.read(20)[:1] == b"a"
     assert process.poll() is None, "it goes on"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and err.splitlines()[-1:] == [b"interrupted"]
-
-
-@pytest.mark.slow
-def test_a_reader_who_leaves_early_is_no_error(checkpoints):
-    rewrite("endless", -100)
-    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.read(20)[:1] == b"a"
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
