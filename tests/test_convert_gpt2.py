@@ -64,6 +64,26 @@ def refused(message, action, *args):
         action(*args)
 
 
+ODD = {"n_positions": 90, "n_embd": 30, "n_layer": 7, "n_head": 3, "vocab_size": 300}
+GPT2 = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+
+
+@pytest.mark.parametrize("shape", [ODD, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["odd", "gpt2"])
+@torch.no_grad()
+def test_logits_and_greedy_text_are_those_of_transformers(shape):
+    reference = published("hf", **shape)
+    model, context = converted(), shape["n_positions"]
+    idx = torch.randint(257, (2, context), generator=torch.Generator().manual_seed(1))
+    reference.double()
+    for T in (1, 17, context):
+        exact = reference(idx[:, :T]).logits
+        error = (model(idx[:, :T])[0].double() - exact).abs().max() / exact.abs().max()
+        assert error < 1e-5, f"relative error {error:.1e} for {T} tokens"
+    options = {"attention_mask": torch.ones(2, 3), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    exact = reference.generate(idx[:, :3], max_new_tokens=50, **options)
+    assert torch.equal(model.generate(idx[:, :3], 50, temperature=0), exact)
+
+
 def test_a_shorter_context_keeps_the_first_positions(origin):
     whole, short, idx = converted(origin[0]), converted(origin[0], block_size=8), torch.arange(8)[None]
     assert short.config.block_size == 8 and torch.equal(whole(idx)[0], short(idx)[0])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, TINY, enlarge, interrupt, parameters_of, run_main
+from conftest import PROSE, ROOT, TINY, enlarge, interrupt, parameters_of, run_main, script
 
 import finetune
 import gpt
@@ -165,6 +165,17 @@ def test_neither_a_checkpoint_nor_an_adapter_is_overwritten_unasked(base, capsys
     assert "adapter already holds an adapter: add --overwrite" in refused(capsys, f"{SHORT} --out new {flags} adapter")
     finetune.main(["--resume", "--out", "tuned", "--max_steps", "2"])  # replaces its own adapter
     assert not Path("new").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_as_one(base):
+    flags = f"{SHORT} --method lora --dropout 0 --dtype float32 --save_adapter adapter".split()
+    finetune.main([*flags, "--out", "one"])
+    torchrun = ["--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
+    done = script("torch.distributed.run", *torchrun, *flags, "--out", "two", "--overwrite")
+    assert done.returncode == 0 and done.stdout.count("saved in two") == 1, done.stderr[-2000:]
+    one, two = parameters_of("one"), parameters_of("two")
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5) for name in one)
 
 
 # ---- Prompts and completions ----
