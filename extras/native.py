@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 import gpt
-from extras.int8 import has_vnni, native_bfloat16
 from gpt import GPT
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -158,6 +157,10 @@ def applies(model):
     return known and not model.training and load() is not None
 
 
+def native_bfloat16():
+    return gpt.resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
+
+
 class Generation:
     """The weights of a GPT as they are now, and the two of its parts that GPT.stream calls."""
 
@@ -166,9 +169,10 @@ class Generation:
         blocks = [structure(block, self.kept) for block in model.transformer.h]
         self.blocks = (Block * len(blocks))(*blocks)
         self.head = linear(model.lm_head, self.kept)
-        dtype, fast = model.lm_head.weight.dtype, native_bfloat16()
-        self.helps = {torch.int8: has_vnni(), torch.bfloat16: not fast}.get(dtype, False)  # with prompts
-        has_dots = dtype != torch.bfloat16 or not fast or torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype, fast, can = model.lm_head.weight.dtype, native_bfloat16(), torch.cpu.get_capabilities()
+        vnni = can.get("avx512_vnni") or can.get("avx_vnni")  # without it, sums of int8 products overflow
+        self.helps = {torch.int8: vnni, torch.bfloat16: not fast}.get(dtype, False)  # with prompts
+        has_dots = dtype != torch.bfloat16 or not fast or can.get("avx512_bf16")
         self.most_rows = MOST_ROWS if has_dots else 2  # of more, PyTorch is faster
 
     def hidden(self, idx, caches):
