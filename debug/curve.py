@@ -61,7 +61,7 @@ def read_curve(rows):
     if rises.any():
         found.append(("too fast at the start", int(np.argmax(rises)) + 1))
     falling = val[:-quarter].min() - val[best] > noise
-    if falling and val[best] - train[best] > 0.1 * val[best]:
+    if val[best] - train[best] > 0.1 * val[best]:
         found.append(("memorizing", last))
     elif falling and lr[-1] < 0.1 * lr.max():
         found.append(("ended by its schedule", last))

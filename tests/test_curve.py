@@ -64,7 +64,7 @@ REAL = [  # flags, what is found, what to change, whether it helps
 @pytest.mark.parametrize(("flags", "expected", "change", "helps"), REAL)
 def test_the_verdicts_on_real_runs_are_right_and_their_advice_helps(flags, expected, change, helps, capsys):
     Path("few.txt").write_text("".join(gpt.load_texts(["pydoc"]))[:20_000], encoding="utf-8")
-    small = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 16 --overwrite --out run"
+    small = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 16 --overwrite --out run --dtype float32"
     results = []
     for line in (flags, f"{flags} {change}"):
         gpt.main(f"{small} {line}".split())
