@@ -104,6 +104,12 @@ def test_one_or_two_settings_are_refused_or_give_pefts_logits(base, first, secon
         assert first in REFUSED or second in REFUSED, error
 
 
+def test_an_adapter_takes_the_type_of_its_model(base):
+    exact = made_by_peft(base)
+    model = lora.load_adapter(gpt.load_checkpoint(base / "ours")[0].bfloat16(), "adapter")
+    assert torch.cosine_similarity(model(IDX)[0].float(), exact, dim=-1).mean() > 0.99
+
+
 # ---- Files ----
 UNFIT = {
     "adapter is not a readable adapter": {"r": "x"},
