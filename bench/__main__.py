@@ -49,8 +49,8 @@ SHAPES = {  # nanoGPT's small one for a CPU, its default for Shakespeare, and GP
     "large": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 257, "batch_size": 16},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 128, "vocab_size": 50257, "batch_size": 2},
 }
-QUICK = """--data shakespeare --n_layer 1 --n_embd 128 --batch_size 16 --lr 0.01 --max_steps 160 --warmup_steps 10
---eval_interval 160"""
+QUICK = """--data shakespeare --vocab_size 2048 --n_layer 1 --n_head 2 --n_embd 64 --batch_size 16 --lr 0.03
+--warmup_steps 10 --max_steps 130 --eval_interval 130"""
 QUALITY = 2.721  # bits per byte, nanoGPT's 1.886 nats a character on the last tenth of tiny Shakespeare
 
 
