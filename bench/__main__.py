@@ -337,7 +337,8 @@ def main(argv=None):
             continue
         rows = measure(name, PARTS[name], args)
         columns = {"ratio": "ratio", "name": name, "per_second": PARTS[name].unit, "megabytes": "peak memory, MB"}
-        show(rows, args.json, columns | (scaling.TITLES if PARTS[name].counted else {}))
+        columns |= {key: title for key, title in scaling.TITLES.items() if rows[0].get(key) is not None}
+        show(rows, args.json, columns)
         measured.extend(rows)
     if args.picture and measured:
         draw(measured, picture)
