@@ -142,9 +142,10 @@ class TrainConfig:
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
         "dropout": 0.1, "batch_size": 1, "grad_accum": 16, "optimizer": "adamw", "lr": 6e-4, "min_lr": 0.1,
         "beta2": 0.95, "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
-PRESETS = {  # defaults for flags; explicit flags win
+PRESETS = {  # defaults for flags; those given win
     "tiny": {},
-    "shakespeare-10min": {"data": ["shakespeare"], "max_steps": 3500, "dropout": 0.2, "eval_interval": 250},
+    "shakespeare-10min": {"data": ["shakespeare"], "vocab_size": 2048, "n_embd": 256, "dropout": 0.25}
+    | {"weight_decay": 0.5, "max_steps": 3300, "eval_interval": 330},
     "scratch-152m": GPT2 | {"n_layer": 16},
     "gpt2": GPT2,
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "lr": 3e-4},
@@ -308,7 +309,7 @@ def decode_text(content, name):
 
 
 def refuse_pointer(path):
-    """Raise InputError for the few lines that git leaves in the place of a file if git-lfs is missing."""
+    """Raise InputError for the lines that git leaves in place of a file without git-lfs."""
     with open(path, "rb") as file:
         pointer = file.read(23) == b"version https://git-lfs"
     require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {Path(path).parent}")
@@ -1186,8 +1187,7 @@ def main(argv=None):
     epochs = config.max_steps * config.batch_size * config.grad_accum * shape.block_size / len(train_ids)
     dropout = 0.15 if "dropout" not in flags and epochs > 4 else shape.dropout  # against memorizing
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size, dropout=dropout)
-    enough = len(train_ids) > shape.block_size
-    require(enough, f"the text, {len(train_ids)} tokens, is shorter than a window: use a smaller --block_size")
+    require(len(train_ids) > shape.block_size, "the text is shorter than a window: use a smaller --block_size")
     train_data = TokenDataset(train_ids, shape.block_size, config.stride or max(1, shape.block_size // 4))
     val_data = TokenDataset(val_ids, shape.block_size)
     torch.manual_seed(config.seed)
