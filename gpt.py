@@ -125,7 +125,7 @@ class TrainConfig:
     lr: float = flag(4e-3, "peak learning rate", 0, 10)
     min_lr: float = flag(0.0, "final learning rate, as a share of the peak", 0, 1)
     warmup_steps: int = flag(40, "steps of linear warmup")
-    weight_decay: float = flag(0.1, "decay of the matrices towards zero", 0, 10)
+    weight_decay: float = flag(1.0, "decay of the matrices towards zero", 0, 10)
     beta2: float = flag(0.99, "AdamW's decay of the second moment", 0, 0.999999)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 means no limit")
     eval_interval: int = flag(100, "steps between validations; each saves a checkpoint", 1)
@@ -140,8 +140,8 @@ class TrainConfig:
 
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
-        "dropout": 0.1, "batch_size": 1, "grad_accum": 16, "optimizer": "adamw", "lr": 6e-4, "min_lr": 0.1,
-        "beta2": 0.95, "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
+        "dropout": 0.1, "batch_size": 1, "grad_accum": 16, "optimizer": "adamw", "lr": 6e-4, "weight_decay": 0.1,
+        "min_lr": 0.1, "beta2": 0.95, "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
 PRESETS = {  # defaults for flags; those given win
     "tiny": {},
     "shakespeare-10min": {"data": ["shakespeare"], "vocab_size": 2048, "n_embd": 256, "dropout": 0.25}
