@@ -28,10 +28,10 @@ def read_log(path):
 
 ADVICE = {
     "diverged": "start again with a smaller --lr",
-    "overfitting": "use more text, more --dropout, fewer steps or a smaller model; the best step is saved",
+    "overfitting": "use more text, --dropout or --weight_decay, fewer steps or a smaller model; the best step is saved",
     "too short to tell": "train longer, or with a smaller --eval_interval",
     "too fast at the start": "try a smaller --lr or more --warmup_steps",
-    "memorizing": "the training loss is far below: more steps need more text, or more --dropout with them",
+    "memorizing": "the training loss is far below: more steps need more text, --dropout or --weight_decay with them",
     "ended by its schedule": "it fell to the end, as the learning rate ran out: start a new run with more --max_steps",
     "still falling": "more --max_steps will help",
     "plateau": "more steps alone won't help: try a larger model, more text or another --lr",

@@ -49,12 +49,14 @@ def test_a_late_fall_is_judged_by_the_gap_and_by_the_learning_rate(gap, last_lr,
     assert found == [(finding, 11)]
 
 
-SHORT = "--tokenizer bytes --warmup_steps 10 --dropout 0 --max_steps 100 --eval_interval 10"
+SHORT = "--tokenizer bytes --warmup_steps 10 --dropout 0 --max_steps 100 --eval_interval 10 --weight_decay 0.1"
 FEW = "--data few.txt --vocab_size 300 --n_layer 2 --n_embd 64 --warmup_steps 10 --eval_interval 40 --dropout 0"
+FEW += " --weight_decay 0.1"
 REAL = [  # flags, what is found, what to change, whether it helps
     (SHORT, "ended by its schedule", "--max_steps 200", True),
     (f"{SHORT} --min_lr 1", "still falling", "--max_steps 200", True),
     (f"{FEW} --max_steps 400", "memorizing", "--max_steps 800", False),
+    (f"{FEW} --max_steps 400", "memorizing", "--max_steps 800 --weight_decay 1", True),
     (f"{FEW} --max_steps 400", "memorizing", "--max_steps 1600 --dropout 0.15", True),
     (f"{SHORT} --lr 10 --grad_clip 0", "diverged, or too fast at the start", "--lr 0.01 --grad_clip 1", True),
 ]
