@@ -144,14 +144,14 @@ GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257, "block_size": 1024, "n_layer":
         "min_lr": 0.1, "beta2": 0.95, "warmup_steps": 700, "max_steps": 100_000, "eval_interval": 1000}  # fmt: skip
 PRESETS = {  # defaults for flags; those given win
     "tiny": {},
-    "shakespeare-10min": {"data": ["shakespeare"], "vocab_size": 2048, "n_embd": 256, "dropout": 0.25}
-    | {"weight_decay": 0.5, "max_steps": 3300, "eval_interval": 330},
+    "shakespeare-10min": {"data": ["shakespeare"], "vocab_size": 2048, "n_layer": 6, "dropout": 0.2,
+                          "weight_decay": 0.5, "max_steps": 3800, "eval_interval": 380},
     "scratch-152m": GPT2 | {"n_layer": 16},
     "gpt2": GPT2,
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "lr": 3e-4},
     "gpt2-large": GPT2 | {"n_layer": 36, "n_head": 20, "n_embd": 1280, "lr": 2.5e-4},
     "gpt2-xl": GPT2 | {"n_layer": 48, "n_head": 25, "n_embd": 1600, "lr": 2e-4},
-}
+}  # fmt: skip
 
 # ---- Text -> tokens: strings of bytes, each with an id ----
 EOT = "<|endoftext|>"
