@@ -19,6 +19,7 @@ REFERENCE = (ROOT / "notes/reference.md").read_text(encoding="utf-8")
 COMMAND = r"^(?:\| `)?((?:torchrun \S+ |python )(?:\w+\.py|-m \w+)[^`\n]*)"  # on its own line, or in a table
 COMMANDS = list(dict.fromkeys(regex.findall(COMMAND, README, regex.MULTILINE)))
 MORE = set(regex.findall(COMMAND, REFERENCE, regex.MULTILINE)) | set(regex.findall(r"`(python [^`\n]+)`", README))
+MORE |= {f"python gpt.py {flags}" for flags in regex.findall(r"^\| `(--[^`]+)` \| \d", REFERENCE, regex.MULTILINE)}
 SMALLER = {  # what makes a command fast here; a later flag wins
     "gpt.py": [*TINY, "--max_steps", "2", "--block_size", "64"],
     "finetune.py": ["--max_steps", "2", "--batch_size", "2", "--block_size", "8"],
