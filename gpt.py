@@ -309,7 +309,7 @@ def decode_text(content, name):
 
 
 def refuse_pointer(path):
-    """Raise InputError for the lines that git leaves in place of a file without git-lfs."""
+    """Raise InputError for the lines that git leaves in place of a file if git-lfs is missing."""
     with open(path, "rb") as file:
         pointer = file.read(23) == b"version https://git-lfs"
     require(not pointer, f"{path} is a pointer of git-lfs, not the file: run `git lfs pull` in {Path(path).parent}")
@@ -1187,7 +1187,7 @@ def main(argv=None):
     epochs = config.max_steps * config.batch_size * config.grad_accum * shape.block_size / len(train_ids)
     dropout = 0.15 if "dropout" not in flags and epochs > 4 else shape.dropout  # against memorizing
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size, dropout=dropout)
-    require(len(train_ids) > shape.block_size, "the text is shorter than a window: use a smaller --block_size")
+    require(len(train_ids) > shape.block_size, f"{len(train_ids)} tokens are shorter than a window: lower --block_size")
     train_data = TokenDataset(train_ids, shape.block_size, config.stride or max(1, shape.block_size // 4))
     val_data = TokenDataset(val_ids, shape.block_size)
     torch.manual_seed(config.seed)

@@ -49,9 +49,8 @@ def test_a_late_fall_is_judged_by_the_gap_and_by_the_learning_rate(gap, last_lr,
     assert found == [(finding, 11)]
 
 
-SHORT = "--tokenizer bytes --warmup_steps 10 --dropout 0 --max_steps 100 --eval_interval 10 --weight_decay 0.1"
+SHORT = "--tokenizer bytes --warmup_steps 10 --dropout 0 --max_steps 100 --eval_interval 10"
 FEW = "--data few.txt --vocab_size 300 --n_layer 2 --n_embd 64 --warmup_steps 10 --eval_interval 40 --dropout 0"
-FEW += " --weight_decay 0.1"
 REAL = [  # flags, what is found, what to change, whether it helps
     (SHORT, "ended by its schedule", "--max_steps 200", True),
     (f"{SHORT} --min_lr 1", "still falling", "--max_steps 200", True),
@@ -69,7 +68,7 @@ def test_the_verdicts_on_real_runs_are_right_and_their_advice_helps(flags, expec
     small = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 16 --overwrite --out run --dtype float32"
     results = []
     for line in (flags, f"{flags} {change}"):
-        gpt.main(f"{small} {line}".split())
+        gpt.main(f"{small} --weight_decay 0.1 {line}".split())
         capsys.readouterr()
         run("run", "--json")
         results.append(rows_of(capsys)[:2])
